@@ -1,0 +1,55 @@
+"""Compress Hugging Face transformers: distil, prune, factorise and quantize, in any order.
+
+Importing the package registers its checkpoint format with transformers, so that plain `from_pretrained` loads
+what was compressed. Everything else is imported when it is first used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+import hfcompress.modeling.checkpoint  # registers the loader
+
+if TYPE_CHECKING:
+    from hfcompress.methods import compress
+    from hfcompress.methods.distillation import DistillationConfig
+    from hfcompress.methods.low_rank import LowRankConfig
+    from hfcompress.methods.quantization import QuantizationConfig
+    from hfcompress.methods.structured_pruning import StructuredPruningConfig
+    from hfcompress.methods.training import DistillationTrainer, PruningTrainer, TrainingConfig
+
+__version__ = version("hfcompress")
+
+_HOMES = {
+    "compress": "hfcompress.methods",
+    "DistillationConfig": "hfcompress.methods.distillation",
+    "LowRankConfig": "hfcompress.methods.low_rank",
+    "QuantizationConfig": "hfcompress.methods.quantization",
+    "StructuredPruningConfig": "hfcompress.methods.structured_pruning",
+    "DistillationTrainer": "hfcompress.methods.training",
+    "PruningTrainer": "hfcompress.methods.training",
+    "TrainingConfig": "hfcompress.methods.training",
+}
+
+__all__ = [
+    "DistillationConfig",
+    "DistillationTrainer",
+    "LowRankConfig",
+    "PruningTrainer",
+    "QuantizationConfig",
+    "StructuredPruningConfig",
+    "TrainingConfig",
+    "compress",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

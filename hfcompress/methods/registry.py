@@ -1,0 +1,89 @@
+"""The methods by name. A method is a config and a function; registering it is all it takes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from hfcompress.configuration import Config, suggest
+from hfcompress.errors import ConfigError, Problem
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+    from hfcompress.methods.training import Part
+
+Batch = Mapping[str, "torch.Tensor"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Context:
+    """What a method may need besides the model and its config.
+
+    Attributes:
+        calibration: Batches of model inputs (with `labels` where a method scores by loss).
+        teacher: The model that a distilling part learns from.
+    """
+
+    calibration: Sequence[Batch] = ()
+    teacher: PreTrainedModel | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """One way to compress.
+
+    Attributes:
+        name: Its name in recipes.
+        config: Its frozen configuration.
+        summary: One line for people.
+        apply: Changes a model at once and returns what it found out (JSON values), or None where the
+            method works only in training.
+        part: Makes the method's part of a Trainer, or None where it only works at once.
+        needs_float: Whether it must see float weights, so that it cannot follow quantization.
+        quantizes: Whether it leaves weights that are no longer float.
+    """
+
+    name: str
+    config: type[Config]
+    summary: str
+    apply: Callable[[PreTrainedModel, Any, Context], dict[str, Any]] | None = None
+    part: Callable[[Any, Context], Part] | None = None
+    needs_float: bool = True
+    quantizes: bool = False
+
+
+@dataclass
+class _Registry:
+    by_name: dict[str, Method] = field(default_factory=dict)
+
+
+_REGISTRY = _Registry()
+
+
+def register(method: Method) -> None:
+    """Adds a method; its name and its config class must be new."""
+    assert method.name not in _REGISTRY.by_name, method.name
+    assert method.apply or method.part, method.name
+    _REGISTRY.by_name[method.name] = method
+
+
+def methods() -> Mapping[str, Method]:
+    """Returns every registered method by name."""
+    return dict(_REGISTRY.by_name)
+
+
+def method_of(config: Config) -> Method:
+    """Returns the method that a config belongs to.
+
+    Raises:
+        ConfigError: The object is no method's config.
+    """
+    for method in _REGISTRY.by_name.values():
+        if type(config) is method.config:
+            return method
+    known = [method.config.__name__ for method in _REGISTRY.by_name.values()]
+    problem = Problem((), f"{type(config).__name__} is no method's config; {suggest(type(config).__name__, known)}")
+    raise ConfigError("the list of methods", (problem,))

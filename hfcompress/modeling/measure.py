@@ -1,0 +1,27 @@
+"""What a model weighs: parameters, and bytes as counted on disk."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import nn
+
+from hfcompress.modeling.layers.bitsandbytes import kind_of
+from hfcompress.modeling.layers.quantized_embedding import QuantizedEmbedding
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Counts the numbers that a model holds, however few bits each takes; shared ones once."""
+    total = 0
+    for module in model.modules():
+        if kind_of(module) is not None:
+            total += module.in_features * module.out_features  # type: ignore[operator]
+        if isinstance(module, QuantizedEmbedding):
+            total += module.num_embeddings * module.embedding_dim
+    packed = {id(module.weight) for module in model.modules() if kind_of(module) is not None}
+    return total + sum(p.numel() for p in model.parameters() if id(p) not in packed)
+
+
+def weight_bytes(directory: Path) -> int:
+    """Counts the bytes of a checkpoint's weight files on disk."""
+    return sum(file.stat().st_size for file in directory.glob("*.safetensors"))

@@ -1,0 +1,210 @@
+"""The structure of a compressed model: read off the live module tree, and put back on an empty one.
+
+The record is small JSON, relative to the base model, and holds only what differs from the stock config:
+
+    {"heads": {"encoder.layer.0.attention.self": 7},
+     "neurons": {"encoder.layer.0.intermediate.dense": 704},
+     "low_rank": {"encoder.layer.*.intermediate.dense": 96},
+     "embeddings": {"embeddings.word_embeddings": {"bits": 8, "group_size": 384}},
+     "linear": {"encoder.layer.*.attention.self.query": "int8"}}
+
+A name with `*` for a layer's number stands for every layer's module of that name.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from hfcompress.configuration import suggest
+from hfcompress.errors import CheckpointError
+from hfcompress.modeling import surgery
+from hfcompress.modeling.anatomy import (
+    attention_blocks,
+    base_model,
+    feed_forward_blocks,
+    input_width,
+    output_width,
+)
+from hfcompress.modeling.architectures import architectures
+from hfcompress.modeling.layers.bitsandbytes import KINDS, empty_linear, kind_of
+from hfcompress.modeling.layers.low_rank import LowRankLinear
+from hfcompress.modeling.layers.quantized_embedding import QuantizedEmbedding
+
+Structure = dict[str, dict[str, Any]]
+
+
+def _pattern(path: str) -> str:
+    return re.sub(r"(?<=\.)\d+(?=\.)", "*", path)
+
+
+def _compact(values: Mapping[str, Any], candidates: Iterable[str]) -> dict[str, Any]:
+    """Folds layers that agree into one entry, where every candidate of that pattern has the same value."""
+    groups: dict[str, list[str]] = {}
+    for path in candidates:
+        groups.setdefault(_pattern(path), []).append(path)
+    folded: dict[str, Any] = {}
+    for path, value in values.items():
+        pattern = _pattern(path)
+        agree = all(values.get(other) == value for other in groups[pattern])
+        folded[pattern if agree else path] = value
+    return folded
+
+
+def _unfold(section: str, folded: Mapping[str, Any], candidates: Iterable[str]) -> dict[str, Any]:
+    """Undoes `_compact`.
+
+    Raises:
+        CheckpointError: A name fits none of the candidates.
+    """
+    names = list(candidates)
+    unfolded: dict[str, Any] = {}
+    for name, value in folded.items():
+        matches = [path for path in names if name in (path, _pattern(path))]
+        if not matches:
+            raise CheckpointError(f"config.json: structure.{section}: the model has no module '{name}'")
+        unfolded.update(dict.fromkeys(matches, value))
+    return unfolded
+
+
+def _linears(model: PreTrainedModel) -> dict[str, nn.Module]:
+    """Every linear-like module of the base model by path, the two halves of low-rank ones included."""
+    kinds = (nn.Linear, Conv1D)
+    return {name: module for name, module in base_model(model).named_modules() if isinstance(module, kinds)}
+
+
+def describe(model: PreTrainedModel) -> Structure:
+    """Reads how a model differs from what its config builds.
+
+    Args:
+        model: A live model, with or without a task head.
+
+    Returns:
+        The structure; empty where the stock config says it all.
+    """
+    base = base_model(model)
+    structure: Structure = {}
+    if model.config.model_type in architectures():
+        attentions, blocks = attention_blocks(model), feed_forward_blocks(model)
+        heads = {block.name: block.heads for block in attentions if block.heads != block.stock_heads}
+        structure["heads"] = _compact(heads, [block.name for block in attentions])
+        neurons = {block.name: block.neurons for block in blocks if block.neurons != block.stock_neurons}
+        structure["neurons"] = _compact(neurons, [block.name for block in blocks])
+    low_rank = {name: module for name, module in base.named_modules() if isinstance(module, LowRankLinear)}
+    wholes = [name for name in _linears(model) if name.rpartition(".")[0] not in low_rank]
+    structure["low_rank"] = _compact(
+        {name: module.rank for name, module in low_rank.items()}, [*wholes, *low_rank]
+    )
+    structure["embeddings"] = {
+        name: {"bits": module.bits, "group_size": module.group_size}
+        for name, module in base.named_modules()
+        if isinstance(module, QuantizedEmbedding)
+    }
+    linears = _linears(model)
+    quantized = {name: kind_of(module) for name, module in linears.items() if kind_of(module)}
+    structure["linear"] = _compact(quantized, linears)
+    return {section: entries for section, entries in structure.items() if entries}
+
+
+def rebuild(model: PreTrainedModel, structure: Mapping[str, Any]) -> None:
+    """Gives an empty model (stock, on `meta`) the structure that `describe` read.
+
+    Raises:
+        CheckpointError: An entry names no module of the model, or asks for what the stock config cannot hold.
+    """
+    unknown = set(structure) - set(_SECTIONS)
+    if unknown:
+        raise CheckpointError(
+            f"config.json: structure.{min(unknown)} is unknown; {suggest(min(unknown), _SECTIONS)}"
+        )
+    for section, restore in _SECTIONS.items():
+        entries = structure.get(section, {})
+        if not isinstance(entries, Mapping):
+            raise CheckpointError(f"config.json: structure.{section} must map names to values, not {entries!r}")
+        if entries:
+            restore(model, entries)
+
+
+def _bounded(section: str, name: str, value: object, most: int) -> int:
+    if type(value) is not int or not 1 <= value <= most:
+        raise CheckpointError(
+            f"config.json: structure.{section}: '{name}' must be an integer from 1 to {most}, not {value!r}"
+        )
+    return value
+
+
+def _restore_heads(model: PreTrainedModel, entries: Mapping[str, Any]) -> None:
+    blocks = {block.name: block for block in attention_blocks(model)}
+    for name, count in _unfold("heads", entries, blocks).items():
+        count = _bounded("heads", name, count, blocks[name].stock_heads)
+        surgery.shrink_attention(blocks[name], range(count))
+
+
+def _restore_neurons(model: PreTrainedModel, entries: Mapping[str, Any]) -> None:
+    blocks = {block.name: block for block in feed_forward_blocks(model)}
+    for name, count in _unfold("neurons", entries, blocks).items():
+        count = _bounded("neurons", name, count, blocks[name].stock_neurons)
+        surgery.shrink_feed_forward(blocks[name], range(count))
+
+
+def _restore_low_rank(model: PreTrainedModel, entries: Mapping[str, Any]) -> None:
+    linears = _linears(model)
+    for name, rank in _unfold("low_rank", entries, linears).items():
+        most = min(input_width(linears[name]), output_width(linears[name]))
+        surgery.factorize(model, name, _bounded("low_rank", name, rank, most))
+
+
+def _restore_embeddings(model: PreTrainedModel, entries: Mapping[str, Any]) -> None:
+    base = base_model(model)
+    tables = {name: module for name, module in base.named_modules() if isinstance(module, nn.Embedding)}
+    for name, form in _unfold("embeddings", entries, tables).items():
+        table = tables[name]
+        if not isinstance(form, Mapping) or set(form) != {"bits", "group_size"} or form["bits"] not in (4, 8):
+            raise CheckpointError(
+                f"config.json: structure.embeddings: '{name}' must hold bits (4 or 8) and group_size, not {form!r}"
+            )
+        group_size = _bounded("embeddings", f"{name}.group_size", form["group_size"], table.embedding_dim)
+        if table.embedding_dim % group_size:
+            raise CheckpointError(
+                f"config.json: structure.embeddings: the group_size of '{name}' must divide "
+                f"{table.embedding_dim}, not be {group_size}"
+            )
+        weight = table.weight
+        quantized = QuantizedEmbedding(
+            *weight.shape, bits=form["bits"], group_size=group_size, device=weight.device, dtype=weight.dtype
+        )
+        base.set_submodule(name, quantized)
+
+
+def _restore_linear(model: PreTrainedModel, entries: Mapping[str, Any]) -> None:
+    base, linears = base_model(model), _linears(model)
+    for name, kind in _unfold("linear", entries, linears).items():
+        if kind not in KINDS:
+            raise CheckpointError(
+                f"config.json: structure.linear: '{name}' is {kind!r}; allowed: {', '.join(KINDS)}"
+            )
+        old = linears[name]
+        new = empty_linear(
+            input_width(old),
+            output_width(old),
+            bias=old.bias is not None,
+            kind=kind,
+            dtype=old.weight.dtype if old.weight.is_floating_point() else torch.get_default_dtype(),
+        )
+        base.set_submodule(name, new)
+
+
+# In the order in which they are put back: each section's names are those of the tree at that point.
+_SECTIONS: dict[str, Callable[[PreTrainedModel, Mapping[str, Any]], None]] = {
+    "heads": _restore_heads,
+    "neurons": _restore_neurons,
+    "low_rank": _restore_low_rank,
+    "embeddings": _restore_embeddings,
+    "linear": _restore_linear,
+}
