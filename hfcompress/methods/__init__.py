@@ -1,0 +1,55 @@
+"""How a model is compressed: one file a method, a registry, and the one call that needs no training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeVar
+
+from transformers import PreTrainedModel
+
+from hfcompress.configuration import Config
+from hfcompress.errors import CompressionError
+
+# Importing a method's file registers it.
+from hfcompress.methods import distillation, low_rank, quantization, structured_pruning  # noqa: F401
+from hfcompress.methods.registry import Batch, Context, method_of
+
+__all__ = ["compress"]
+
+ModelT = TypeVar("ModelT", bound=PreTrainedModel)
+
+
+def compress(model: ModelT, configs: Sequence[Config], *, calibration: Sequence[Batch] = ()) -> ModelT:
+    """Compresses a model in place by methods that need no training, in the order given.
+
+    Args:
+        model: A model of a supported family; it may be compressed already.
+        configs: One method's config each.
+        calibration: Batches of model inputs, as a tokenizer returns them; with `labels`, pruning ranks units by
+            the loss.
+
+    Returns:
+        The same model; plain `save_pretrained` writes it.
+
+    Raises:
+        CompressionError: A method cannot work at once, or not after the ones before it. Nothing was done then.
+        ConfigError: An object in `configs` is no method's config.
+    """
+    chosen = [method_of(config) for config in configs]
+    for method in chosen:
+        if method.apply is None:
+            raise CompressionError(
+                f"{method.name} works only in training",
+                hint="Use DistillationTrainer, or a recipe's step with `training`.",
+            )
+    for index, method in enumerate(chosen):
+        earlier = [other.name for other in chosen[:index] if other.quantizes]
+        if method.needs_float and earlier:
+            raise CompressionError(
+                f"{method.name} cannot follow {earlier[0]}: it needs float weights", hint="Quantize last."
+            )
+    context = Context(calibration=calibration)
+    for method, config in zip(chosen, configs, strict=True):
+        assert method.apply is not None
+        method.apply(model, config, context)
+    return model

@@ -1,0 +1,129 @@
+"""Weights at rest in 8 and 4 bit: bitsandbytes for linear layers, a per-row table for embeddings."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field
+from torch import nn
+from transformers import PreTrainedModel
+
+from hfcompress.configuration import Config
+from hfcompress.errors import CompressionError
+from hfcompress.methods.registry import Context, Method, register
+from hfcompress.modeling.anatomy import ROLE_GROUPS, base_model, embedding_paths, modules_by_role
+from hfcompress.modeling.checkpoint import commit
+from hfcompress.modeling.layers.bitsandbytes import Kind, kind_of, quantize_linear
+from hfcompress.modeling.layers.quantized_embedding import Bits, QuantizedEmbedding
+
+
+class QuantizationConfig(Config):
+    """How to quantize.
+
+    Attributes:
+        weights: Linear layers of the base model: `int8`, `nf4` or `fp4` (`-double`: their scales are quantized
+            too), or None to leave them as they are. Task heads stay in float.
+        attention: The same for attention alone, over `weights`.
+        ffn: The same for feed-forward blocks alone, over `weights`.
+        embeddings: Embedding tables: `int8`, `int4`, or None.
+        embedding_group_size: How many neighbours in a row of a table share a scale; None for a whole row of
+            8-bit numbers and 32 of 4-bit ones.
+    """
+
+    weights: Kind | None = "int8"
+    attention: Kind | None = None
+    ffn: Kind | None = None
+    embeddings: Literal["int8", "int4"] | None = "int8"
+    embedding_group_size: int | None = Field(None, ge=8)
+
+
+def quantization(model: PreTrainedModel, config: QuantizationConfig, context: Context) -> dict[str, Any]:
+    """Quantizes a model in place.
+
+    Args:
+        model: A float model.
+        config: Which parts, and to what.
+        context: Not used: nothing here needs data.
+
+    Returns:
+        How many layers of each kind there are, and the linear layers left in float.
+
+    Raises:
+        CompressionError: The model is quantized already, an embedding is tied to the output layer, or a group
+            does not divide an embedding's width.
+        MissingBackendError: bitsandbytes is not installed.
+    """
+    base = base_model(model)
+    done = [name for name, module in base.named_modules() if kind_of(module)]
+    if done:
+        raise CompressionError(
+            f"the model is quantized already ({done[0]} is {kind_of(base.get_submodule(done[0]))})",
+            hint="Start from the float checkpoint.",
+        )
+    tables = _tables(model, config)
+    kinds = _kinds(model, config)
+    for path, kind in kinds.items():
+        base.set_submodule(path, quantize_linear(base.get_submodule(path), kind))  # type: ignore[arg-type]
+    for path, (bits, group_size) in tables.items():
+        table = base.get_submodule(path)
+        base.set_submodule(path, QuantizedEmbedding.from_float(table, bits=bits, group_size=group_size))  # type: ignore[arg-type]
+    commit(model)
+    in_float = [name for name, module in model.named_modules() if type(module) is nn.Linear]
+    counted: dict[str, int] = {}
+    for kind in kinds.values():
+        counted[kind] = counted.get(kind, 0) + 1
+    return {"linear_layers": counted, "embeddings": config.embeddings, "left_in_float": in_float}
+
+
+def _kinds(model: PreTrainedModel, config: QuantizationConfig) -> dict[str, Kind]:
+    base = base_model(model)
+    linears = [name for name, module in base.named_modules() if type(module) is nn.Linear]
+    kinds: dict[str, Kind] = dict.fromkeys(linears, config.weights) if config.weights else {}
+    for group, kind in (("attention", config.attention), ("ffn", config.ffn)):
+        if kind is None:
+            continue
+        by_role = modules_by_role(model)
+        paths = [path for role in ROLE_GROUPS[group] for path in by_role[role]]
+        # A low-rank layer is its two factors.
+        kinds |= {
+            name: kind
+            for name in linears
+            if any(name == path or name.startswith(f"{path}.") for path in paths)
+        }
+    return kinds
+
+
+def _tables(model: PreTrainedModel, config: QuantizationConfig) -> dict[str, tuple[Bits, int]]:
+    if config.embeddings is None:
+        return {}
+    base = base_model(model)
+    bits: Bits = 8 if config.embeddings == "int8" else 4
+    output = model.get_output_embeddings()
+    tables: dict[str, tuple[Bits, int]] = {}
+    for path in embedding_paths(model):
+        table = base.get_submodule(path)
+        if not isinstance(table, nn.Embedding):
+            continue
+        if output is not None and getattr(output, "weight", None) is table.weight:
+            raise CompressionError(
+                f"{path} is tied to the output layer and cannot be quantized alone",
+                hint="Set embeddings: null.",
+            )
+        width = table.embedding_dim
+        group_size = config.embedding_group_size or (width if bits == 8 or width % 32 else 32)
+        if width % group_size or (bits == 4 and width % 2):
+            raise CompressionError(f"embedding_group_size must divide {width}, the width of {path}, not be {group_size}")
+        tables[path] = (bits, group_size)
+    return tables
+
+
+register(
+    Method(
+        name="quantization",
+        config=QuantizationConfig,
+        summary="Stores linear layers in 8 or 4 bit by bitsandbytes, and embeddings in 8 or 4 bit row by row.",
+        apply=quantization,
+        needs_float=True,
+        quantizes=True,
+    )
+)
