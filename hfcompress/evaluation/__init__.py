@@ -1,0 +1,18 @@
+"""How a model is judged: quality on a task, cost beside the original, and the report of both."""
+
+from __future__ import annotations
+
+from hfcompress.evaluation.cost import Speed, measure_speed
+from hfcompress.evaluation.quality import Quality, evaluate_quality
+from hfcompress.evaluation.report import Report, Row, describe_environment, retention
+
+__all__ = [
+    "Quality",
+    "Report",
+    "Row",
+    "Speed",
+    "describe_environment",
+    "evaluate_quality",
+    "measure_speed",
+    "retention",
+]

@@ -1,0 +1,132 @@
+"""What a model costs to run, always beside the original in the same run."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from hfcompress.errors import ConfigError, Problem
+from hfcompress.evaluation.inference import inferring
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+    from torch import nn
+
+_WARM_UP = 3
+_DRAWS = 2000
+_FEWEST_REPEATS = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Speed:
+    """How much faster one model is than another.
+
+    Attributes:
+        ratio: The original's median time / the compressed model's: above 1 is faster.
+        low: The lower end of the ratio's 95% interval.
+        high: Its upper end.
+        original_seconds: The original's median time of one forward pass.
+        compressed_seconds: The compressed model's.
+        batch_size: Rows of the batch.
+        sequence_length: Tokens a row.
+        threads: PyTorch's threads during the measurement.
+        repeats: Timed passes of each model.
+    """
+
+    ratio: float
+    low: float
+    high: float
+    original_seconds: float
+    compressed_seconds: float
+    batch_size: int
+    sequence_length: int
+    threads: int
+    repeats: int
+
+
+def measure_speed(
+    original: nn.Module, compressed: nn.Module, inputs: Mapping[str, torch.Tensor], *, repeats: int = 20
+) -> Speed:
+    """Times two models on the same batch, by turns, so that what slows the machine slows both.
+
+    Args:
+        original: The model to compare with.
+        compressed: The model to judge. Both are left in the mode they were in.
+        inputs: Arguments of both models; `input_ids` is (batch, tokens).
+        repeats: Timed passes of each, at least 3, after a few that are not counted.
+
+    Returns:
+        Medians and their ratio, with a bootstrap interval over the repeats.
+
+    Raises:
+        ConfigError: Too few repeats, or no `input_ids`.
+    """
+    import numpy as np
+    import torch
+
+    if repeats < _FEWEST_REPEATS:
+        raise _wrong("repeats", f"must be at least {_FEWEST_REPEATS}, not {repeats}")
+    if "input_ids" not in inputs or inputs["input_ids"].ndim != 2:
+        raise _wrong("inputs", "must hold 'input_ids' of two dimensions (batch, tokens)")
+    batch_size, sequence_length = inputs["input_ids"].shape
+    runs = [(model, _to_device(inputs, model)) for model in (original, compressed)]
+    times = np.empty((repeats, 2))
+    with inferring(original, compressed):
+        for _ in range(_WARM_UP):
+            for model, batch in runs:
+                _seconds(model, batch)
+        for turn in range(repeats):
+            # Whoever goes second finds the caches full of the other's weights: take turns at that too.
+            for place in (0, 1) if turn % 2 == 0 else (1, 0):
+                times[turn, place] = _seconds(*runs[place])
+    ratio, low, high = _ratio_of_medians(times)
+    return Speed(
+        ratio=ratio,
+        low=low,
+        high=high,
+        original_seconds=float(np.median(times[:, 0])),
+        compressed_seconds=float(np.median(times[:, 1])),
+        batch_size=batch_size,
+        sequence_length=sequence_length,
+        threads=torch.get_num_threads(),
+        repeats=repeats,
+    )
+
+
+def _seconds(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> float:
+    import torch
+
+    cuda = next(iter(batch.values())).is_cuda
+    if cuda:
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    model(**batch)
+    if cuda:
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def _ratio_of_medians(times: np.ndarray, *, seed: int = 0) -> tuple[float, float, float]:
+    """Returns the ratio of the column medians of (repeats, 2) seconds, and the ends of its 95% interval."""
+    import numpy as np
+
+    medians = np.median(times, axis=0)
+    # Turns are drawn whole, so that a turn in which the machine was busy counts for both models.
+    picks = np.random.default_rng(seed).integers(len(times), size=(_DRAWS, len(times)))
+    drawn = np.median(times[picks], axis=1)
+    low, high = np.quantile(drawn[:, 0] / drawn[:, 1], [0.025, 0.975])
+    return float(medians[0] / medians[1]), float(low), float(high)
+
+
+def _to_device(inputs: Mapping[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
+    parameter = next(model.parameters(), None)
+    return {
+        name: tensor if parameter is None else tensor.to(parameter.device) for name, tensor in inputs.items()
+    }
+
+
+def _wrong(field: str, message: str) -> ConfigError:
+    return ConfigError("the speed measurement", (Problem((field,), message),))

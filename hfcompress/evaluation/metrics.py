@@ -1,0 +1,93 @@
+"""The metrics by name, as scikit-learn and SciPy define them, and not a number where they are undefined."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+
+from hfcompress.configuration import suggest
+from hfcompress.errors import DataError
+
+Values = Sequence[int] | Sequence[float]
+
+
+def score(names: Sequence[str], predictions: Values, references: Values) -> dict[str, float]:
+    """Computes metrics of a task's predictions.
+
+    Args:
+        names: Names from `METRICS`.
+        predictions: One class id (or number, in regression) a row.
+        references: The right ones, in the same order.
+
+    Returns:
+        The metrics by name; NaN where a metric is undefined on these rows.
+
+    Raises:
+        DataError: A name is not known, there are no rows, or the lengths differ.
+    """
+    for name in names:
+        if name not in METRICS:
+            raise DataError(f"metric '{name}' is not known; {suggest(name, METRICS)}")
+    if len(predictions) != len(references) or not len(references):
+        raise DataError(
+            f"metrics need as many predictions as references and at least one: "
+            f"got {len(predictions)} and {len(references)}"
+        )
+    return {name: METRICS[name](predictions, references) for name in names}
+
+
+def accuracy(predictions: Values, references: Values) -> float:
+    """Returns the share of right predictions."""
+    from sklearn.metrics import accuracy_score
+
+    return float(accuracy_score(references, predictions))
+
+
+def f1(predictions: Values, references: Values) -> float:
+    """Returns the F1 of class 1; NaN where class 1 is neither there nor predicted."""
+    from sklearn.metrics import f1_score
+
+    return float(f1_score(references, predictions, zero_division=math.nan))  # pyright: ignore[reportArgumentType]
+
+
+def matthews_correlation(predictions: Values, references: Values) -> float:
+    """Returns Matthews' correlation coefficient; NaN where either side is constant.
+
+    scikit-learn, and with it the GLUE leaderboard, calls the undefined coefficient 0; a model that
+    collapsed to one class should not look like one that guesses.
+    """
+    from sklearn.metrics import matthews_corrcoef
+
+    if _constant(predictions) or _constant(references):
+        return math.nan
+    return float(matthews_corrcoef(references, predictions))
+
+
+def pearson(predictions: Values, references: Values) -> float:
+    """Returns Pearson's correlation; NaN where either side is constant, as one row is."""
+    from scipy.stats import pearsonr
+
+    if _constant(predictions) or _constant(references):
+        return math.nan
+    coefficient, _ = pearsonr(predictions, references)
+    return float(coefficient)  # pyright: ignore[reportArgumentType]
+
+
+def spearmanr(predictions: Values, references: Values) -> float:
+    """Returns Spearman's rank correlation; NaN where either side is constant."""
+    from scipy import stats
+
+    if _constant(predictions) or _constant(references):
+        return math.nan
+    coefficient, _ = stats.spearmanr(predictions, references)
+    return float(coefficient)  # pyright: ignore[reportArgumentType]
+
+
+def _constant(values: Values) -> bool:
+    return all(value == values[0] for value in values)
+
+
+METRICS: Mapping[str, Callable[[Values, Values], float]] = MappingProxyType(
+    {function.__name__: function for function in (accuracy, f1, matthews_correlation, pearson, spearmanr)}
+)

@@ -1,0 +1,242 @@
+"""The record of a run's measurements: the one source of every published figure."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
+
+from hfcompress.errors import CheckpointError
+from hfcompress.evaluation.cost import Speed
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+# JSON has no NaN: an undefined figure is null in the file.
+Figure = Annotated[float, BeforeValidator(lambda value: math.nan if value is None else value)]
+Count = Annotated[int, Field(ge=0)]
+_STRICT = ConfigDict(strict=True, extra="forbid")
+_NOT_AVAILABLE = "n/a"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """A model as it was after one step.
+
+    Attributes:
+        name: The step's name.
+        methods: What was done in it; empty for the original and for fine-tuning.
+        metrics: The task's metrics by name; NaN where undefined.
+        retention: This row's first metric / the original's.
+        parameters: The model's parameters.
+        bytes: The size of its saved weights on disk.
+        speed: Measured beside the original, or None where it was not.
+        seconds: What the step took.
+        findings: What each method found out (JSON values), by method.
+    """
+
+    __pydantic_config__ = _STRICT
+
+    name: str
+    methods: tuple[str, ...]
+    metrics: dict[str, Figure]
+    retention: Figure
+    parameters: Count
+    bytes: Count
+    speed: Speed | None
+    seconds: Figure
+    findings: dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """What a run measured, and everything needed to measure it again.
+
+    Attributes:
+        format: The version of this record.
+        name: The recipe's name.
+        base_model: The model it started from.
+        task: The task's name.
+        recipe: The recipe as it was run.
+        environment: Versions and hardware, from `describe_environment`.
+        split: The split that was measured.
+        examples: Its number of rows.
+        metric: The metric that retention is computed on.
+        seed: The run's seed.
+        rows: The original, the model after every step, and last the result.
+    """
+
+    __pydantic_config__ = _STRICT
+
+    format: Literal[1] = 1
+    name: str
+    base_model: str
+    task: str
+    recipe: dict[str, Any]
+    environment: dict[str, str]
+    split: str
+    examples: Count
+    metric: str
+    seed: int
+    rows: Annotated[tuple[Row, ...], Field(min_length=1)]
+
+    @property
+    def compression(self) -> float:
+        """The original's bytes / the result's; NaN where the result has none."""
+        return _ratio(self.rows[0].bytes, self.rows[-1].bytes)
+
+    def to_json(self) -> str:
+        """Returns the report as JSON text; what is not a finite number becomes null."""
+        return json.dumps(_plain(asdict(self)), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Report:
+        """Reads what `to_json` wrote, strictly.
+
+        Raises:
+            CheckpointError: The text is no JSON, or a field is missing, unknown or of the wrong type.
+        """
+        try:
+            json.loads(text, parse_constant=_refuse_constant)
+            return TypeAdapter(cls).validate_json(text)
+        except ValidationError as error:
+            lines = "".join(
+                f"\n  {'.'.join(map(str, detail['loc']))}: {detail['msg']}" for detail in error.errors()
+            )
+            raise CheckpointError(f"the report is not valid:{lines}") from None
+        except (ValueError, RecursionError) as error:
+            raise CheckpointError(f"the report is not valid JSON: {error}") from None
+
+    def save(self, path: str | Path) -> None:
+        """Writes the report so that the file is whole at any moment.
+
+        Raises:
+            OSError: The file cannot be written.
+        """
+        path = Path(path)
+        handle, scratch = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                file.write(self.to_json())
+                file.flush()
+                os.fsync(file.fileno())
+            # A temporary file is private to its owner; a report is as readable as its neighbours.
+            os.chmod(scratch, 0o666 & ~_umask())
+            os.replace(scratch, path)
+        except BaseException:
+            Path(scratch).unlink(missing_ok=True)
+            raise
+
+    def table(self) -> Table:
+        """Returns the rows for the screen, readable from 100 columns on; a speed-up has its 95% interval."""
+        from rich import box
+        from rich.table import Table
+
+        names = [self.metric, *(name for name in self.rows[0].metrics if name != self.metric)]
+        title = f"{self.name}: {self.base_model} on {self.task}, {self.examples} rows of {self.split}"
+        table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+        table.add_column("step", overflow="fold")
+        for name in (*names, "retention", "params", "on disk", "smaller", "speed-up"):
+            table.add_column(name.replace("_", "\n"), justify="right", no_wrap=True)
+        for row in self.rows:
+            table.add_row(
+                row.name,
+                *(_number(row.metrics.get(name, math.nan), ".4f") for name in names),
+                _number(row.retention, ".1%"),
+                _count(row.parameters),
+                f"{row.bytes / 1e6:.1f} MB",
+                _times(_ratio(self.rows[0].bytes, row.bytes)),
+                _speed(row.speed),
+            )
+        return table
+
+
+def retention(value: float, original: float) -> float:
+    """Returns the share of the original's metric that is left; NaN where the original has none above 0."""
+    return value / original if original > 0 else math.nan
+
+
+def describe_environment() -> dict[str, str]:
+    """Returns the versions and the hardware that a measurement depends on."""
+    import torch
+
+    packages = ("torch", "transformers", "hfcompress")
+    return {
+        "python": platform.python_version(),
+        **{name: _version(name) for name in packages},
+        "cpu": _cpu_name(),
+        "threads": str(torch.get_num_threads()),
+        "platform": platform.platform(),
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed as a package"
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text(encoding="utf-8", errors="replace").splitlines():
+            key, _, value = line.partition(":")
+            if key.strip() == "model name":
+                return value.strip()
+    return platform.processor() or platform.machine()
+
+
+def _umask() -> int:
+    current = os.umask(0)
+    os.umask(current)
+    return current
+
+
+def _refuse_constant(constant: str) -> None:
+    raise ValueError(f"{constant} is no JSON number")
+
+
+def _plain(value: Any) -> Any:
+    """Turns numbers that JSON does not have into null, however deep."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [_plain(item) for item in value]
+    return value
+
+
+def _ratio(original: int, compressed: int) -> float:
+    return original / compressed if compressed else math.nan
+
+
+def _number(value: float, form: str) -> str:
+    return format(value, form) if math.isfinite(value) else _NOT_AVAILABLE
+
+
+def _times(value: float) -> str:
+    return f"{value:.2f}x" if math.isfinite(value) else _NOT_AVAILABLE
+
+
+def _count(parameters: int) -> str:
+    for size, unit in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
+        if parameters >= size:
+            return f"{parameters / size:.2f} {unit}"
+    return str(parameters)
+
+
+def _speed(speed: Speed | None) -> str:
+    if speed is None:
+        return "-"
+    return f"{_times(speed.ratio)} ({speed.low:.2f}-{speed.high:.2f})"

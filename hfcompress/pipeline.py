@@ -1,0 +1,434 @@
+"""Runs a recipe: step after step, each from the saved result of the one before, each done once.
+
+A run has two folders. `runs/<name>` is the result: a checkpoint with its card and report, there whole or not at
+all. `runs/<name>.work` holds one folder a step; a step that is recorded as done, for the same inputs, is not done
+again, and one that was cut off goes on from its last whole training checkpoint.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hfcompress.errors import DataError, RunFolderError
+from hfcompress.evaluation.cost import Speed, measure_speed
+from hfcompress.evaluation.quality import evaluate_quality
+from hfcompress.evaluation.report import Report, Row, describe_environment, retention
+from hfcompress.methods.registry import Batch, Context, method_of
+from hfcompress.methods.resuming import digest
+from hfcompress.modeling.checkpoint import replace_directory, save
+from hfcompress.modeling.measure import count_parameters, weight_bytes
+from hfcompress.recipe import Recipe, Step
+from hfcompress.recipe.schema import is_local
+from hfcompress.tasks import Task, align_labels, fetch_model, get_task, is_demo_model, load_data, preprocess
+
+if TYPE_CHECKING:
+    from datasets import Dataset, DatasetDict
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+REPORT = "report.json"
+RECORD = "step.json"
+
+
+def run(recipe: Recipe, output: Path, quiet: bool = False) -> Report:
+    """Runs a recipe to its end and writes the result.
+
+    Args:
+        recipe: What to do.
+        output: The result's folder; `<output>.work` holds the steps.
+        quiet: No progress bars.
+
+    Returns:
+        The report, which is also in the result's folder.
+
+    Raises:
+        RunFolderError: Another run uses the folder, or it holds something that no run wrote.
+        HFCompressError: Model, data or a step is not right; steps that were done stay done.
+    """
+    output = Path(output)
+    _refuse_foreign(output)
+    work = output.with_name(f"{output.name}.work")
+    with _locked(work):
+        bench = _Bench(recipe, work, quiet)
+        done = bench.run_steps()
+        report = bench.report(done)
+        _publish(done[-1].checkpoint, report, output)
+    if recipe.push is not None:
+        from hfcompress.publishing.hub import push
+
+        logger.info("pushed to %s", push(output, recipe.push.repo, private=recipe.push.private))
+    return report
+
+
+@dataclass(frozen=True)
+class _Done:
+    """A finished step: where it is, and what its record says."""
+
+    step: Step
+    folder: Path
+    key: str
+    record: dict[str, Any]
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.folder / "checkpoint"
+
+
+class _Bench:
+    """What every step of one run shares: model, data, tokenizer, teacher."""
+
+    def __init__(self, recipe: Recipe, work: Path, quiet: bool) -> None:
+        from transformers import AutoTokenizer
+
+        self.recipe, self.work, self.quiet = recipe, work, quiet
+        self.task: Task = get_task(recipe.task)
+        self.base = _find_model(recipe.model, progress=not quiet)
+        self.data: DatasetDict = load_data(self.task, recipe.data, progress=not quiet)
+        self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(self.base)
+        self.rows = {
+            split: preprocess(self.data[split], self.task, self.tokenizer, max_length=recipe.max_length, label2id=None)
+            for split in ("train", self.task.evaluation_split)
+        }
+        self.start = _key(
+            {"model": _fingerprint(self.base), "task": self.task.name, "seed": recipe.seed},
+            {split: _rows_digest(rows) for split, rows in self.rows.items()},
+        )
+
+    # Steps
+
+    def run_steps(self) -> list[_Done]:
+        done: list[_Done] = []
+        for index, step in enumerate(self.recipe.steps, start=1):
+            folder = self.work / f"{index}-{step.name}"
+            before = done[-1] if done else None
+            key = _key(before.key if before else self.start, step.to_dict())
+            record = _read_record(folder, key)
+            if record is None:
+                logger.info("step %d of %d: %s", index, len(self.recipe.steps), step.name)
+                record = self._do(step, folder, key, before, teacher=done[0] if done else None)
+            else:
+                logger.info("step %d of %d: %s is done already", index, len(self.recipe.steps), step.name)
+            done.append(_Done(step, folder, key, record))
+        return done
+
+    def _do(self, step: Step, folder: Path, key: str, before: _Done | None, teacher: _Done | None) -> dict[str, Any]:
+        from transformers import set_seed
+
+        _prepare(folder, key)
+        set_seed(self.recipe.seed)
+        started = time.monotonic()
+        model = self._load(before)
+        if step.training is None:
+            findings = self._at_once(model, step)
+        else:
+            findings = self._in_training(model, step, folder / "training", teacher or before)
+        seconds = time.monotonic() - started
+        checkpoint = folder / "checkpoint"
+        save(model, checkpoint, tokenizer=self.tokenizer)
+        shutil.rmtree(folder / "training", ignore_errors=True)
+        del model
+        judged = self._load_from(checkpoint)  # what a user would load, not what is left in memory
+        quality = evaluate_quality(
+            judged,
+            self._labelled(judged, self.task.evaluation_split),
+            self.task,
+            self.tokenizer,
+            batch_size=self.recipe.evaluation.batch_size,
+            progress=not self.quiet,
+        )
+        record = {
+            "key": key,
+            "metrics": quality.metrics,
+            "examples": quality.examples,
+            "parameters": count_parameters(judged),
+            "bytes": weight_bytes(checkpoint),
+            "seconds": round(seconds, 1),
+            "findings": findings,
+            "files": {file.name: digest(file) for file in sorted(checkpoint.iterdir())},
+        }
+        _write_json(folder / RECORD, record)
+        return record
+
+    def _at_once(self, model: PreTrainedModel, step: Step) -> dict[str, Any]:
+        batches = list(self._calibration(model, step.calibration))
+        findings: dict[str, Any] = {}
+        for config in step.methods:
+            method = method_of(config)
+            assert method.apply is not None
+            findings[method.name] = method.apply(model, config, Context(calibration=batches))
+        return findings
+
+    def _in_training(self, model: PreTrainedModel, step: Step, folder: Path, teacher: _Done | None) -> dict[str, Any]:
+        from transformers import DataCollatorWithPadding
+
+        from hfcompress.methods.training import CompressionTrainer, training_arguments
+
+        assert step.training is not None
+        taught = any(method_of(config).name == "distillation" for config in step.methods)
+        learned_from = self._load(teacher) if taught else None
+        context = Context(teacher=learned_from)
+        rows = self._labelled(model, "train")
+        arguments = training_arguments(
+            step.training, folder, seed=self.recipe.seed, examples=len(rows), quiet=self.quiet
+        )
+        trainer = CompressionTrainer(
+            model,
+            arguments,
+            parts=[part(config, context) for config in step.methods if (part := method_of(config).part)],
+            train_dataset=rows,
+            data_collator=DataCollatorWithPadding(self.tokenizer),
+            processing_class=self.tokenizer,
+        )
+        trainer.train(resume_from_checkpoint=True)
+        trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+        names = [method_of(config).name for config in step.methods]
+        return dict(zip(names, trainer.findings, strict=True))
+
+    # What steps work on
+
+    def _load(self, before: _Done | None) -> PreTrainedModel:
+        """Loads the model as the step before left it, or the base model with a head for the task."""
+        return self._load_from(before.checkpoint) if before else self._with_head()
+
+    def _load_from(self, checkpoint: Path) -> PreTrainedModel:
+        from transformers import AutoModelForSequenceClassification
+
+        return AutoModelForSequenceClassification.from_pretrained(checkpoint)
+
+    def _with_head(self) -> PreTrainedModel:
+        from transformers import AutoConfig, AutoModelForSequenceClassification
+
+        config = AutoConfig.from_pretrained(self.base)
+        has_head = any(str(name).endswith("ForSequenceClassification") for name in config.architectures or ())
+        if has_head and self._head_fits(config):
+            return self._load_from(self.base)
+        first = self.recipe.steps[0]
+        if first.methods or first.training is None:
+            raise DataError(
+                f"the model {self.recipe.model} has no head that is trained for {self.task.name}",
+                hint="Begin the recipe with a step of `training` alone, which fine-tunes it.",
+            )
+        names = dict(enumerate(self.task.labels)) or {0: "score"}
+        return AutoModelForSequenceClassification.from_pretrained(
+            self.base,
+            num_labels=len(names),
+            id2label=names,
+            label2id={name: index for index, name in names.items()},
+            problem_type="regression" if self.task.kind == "regression" else None,
+            ignore_mismatched_sizes=has_head,  # only the head of another task is made anew
+        )
+
+    def _head_fits(self, config: Any) -> bool:
+        try:
+            align_labels(self.task, config.label2id)
+        except DataError:
+            return False
+        return config.num_labels == (len(self.task.labels) or 1)
+
+    def _labelled(self, model: PreTrainedModel, split: str) -> Dataset:
+        """Returns a split's rows with the model's own label ids."""
+        ids = align_labels(self.task, model.config.label2id)
+        rows = self.rows[split]
+        if list(ids) == sorted(ids):
+            return rows
+        return rows.map(lambda row: {"labels": ids[row["labels"]]}, keep_in_memory=True)
+
+    def _calibration(self, model: PreTrainedModel, count: int) -> Iterator[Batch]:
+        from transformers import DataCollatorWithPadding
+
+        rows = self._labelled(model, "train").shuffle(seed=self.recipe.seed, keep_in_memory=True)
+        rows = rows.select(range(min(count, len(rows))), keep_in_memory=True)
+        collate, size = DataCollatorWithPadding(self.tokenizer), self.recipe.evaluation.batch_size
+        for start in range(0, len(rows), size):
+            yield dict(collate([rows[i] for i in range(start, min(start + size, len(rows)))]))
+
+    # The report
+
+    def report(self, done: Sequence[_Done]) -> Report:
+        """Compares every step with the original: the model after the leading fine-tuning step, or the base."""
+        original = done[0].record
+        primary = self.task.metrics[0]
+        speeds = self._speeds(done)
+        rows = tuple(
+            Row(
+                name=each.step.name,
+                methods=tuple(method_of(config).name for config in each.step.methods),
+                metrics=each.record["metrics"],
+                retention=retention(each.record["metrics"][primary], original["metrics"][primary]),
+                parameters=each.record["parameters"],
+                bytes=each.record["bytes"],
+                speed=speed,
+                seconds=each.record["seconds"],
+                findings=each.record["findings"],
+            )
+            for each, speed in zip(done, speeds, strict=True)
+        )
+        return Report(
+            name=self.recipe.name,
+            base_model=self.recipe.model,
+            task=self.task.name,
+            recipe=self.recipe.to_dict(),
+            environment=describe_environment(),
+            split=self.task.evaluation_split,
+            examples=original["examples"],
+            metric=primary,
+            seed=self.recipe.seed,
+            rows=rows,
+        )
+
+    def _speeds(self, done: Sequence[_Done]) -> list[Speed | None]:
+        """Times each step's model beside the original; kept with the step, since it is a measurement."""
+        import torch
+
+        asked = self.recipe.evaluation
+        original = None
+        speeds: list[Speed | None] = [None]
+        for each in done[1:]:
+            file = each.folder / "speed.json"
+            key = _key(each.key, asked.model_dump(), describe_environment())
+            known = _read_json(file)
+            if known and known["key"] == key:
+                speeds.append(Speed(**known["speed"]))
+                continue
+            logger.info("timing %s", each.step.name)
+            original = original or self._load_from(done[0].checkpoint)
+            vocabulary = original.config.vocab_size
+            ids = torch.randint(
+                0,
+                vocabulary,
+                (asked.speed_batch_size, asked.speed_sequence_length),
+                generator=torch.Generator().manual_seed(0),
+            )
+            inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+            speed = measure_speed(original, self._load_from(each.checkpoint), inputs, repeats=asked.speed_repeats)
+            _write_json(file, {"key": key, "speed": asdict(speed)})
+            speeds.append(speed)
+        return speeds
+
+
+# Folders
+
+
+def _refuse_foreign(output: Path) -> None:
+    if output.exists() and (not output.is_dir() or (any(output.iterdir()) and not (output / REPORT).is_file())):
+        raise RunFolderError(
+            f"{output} holds something that no run wrote", hint="Choose another folder with --output, or empty it."
+        )
+
+
+@contextmanager
+def _locked(work: Path) -> Iterator[None]:
+    from filelock import FileLock, Timeout
+
+    work.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(work / ".lock", timeout=0):
+            yield
+    except Timeout:
+        raise RunFolderError(
+            f"another run is using {work}", hint="Wait for it, or choose another folder with --output."
+        ) from None
+
+
+def _prepare(folder: Path, key: str) -> None:
+    """Makes a step's folder; what a run of the same inputs left there is kept, all else goes."""
+    intended = folder / "intended.json"
+    if _read_json(intended) != {"key": key}:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        _write_json(intended, {"key": key})
+
+
+def _read_record(folder: Path, key: str) -> dict[str, Any] | None:
+    """Returns a step's record where the step was done for these inputs and its files are as they were."""
+    record = _read_json(folder / RECORD)
+    if not record or record.get("key") != key:
+        return None
+    checkpoint = folder / "checkpoint"
+    whole = all(
+        (checkpoint / name).is_file() and digest(checkpoint / name) == expected
+        for name, expected in record["files"].items()
+    )
+    return record if whole else None
+
+
+def _publish(checkpoint: Path, report: Report, output: Path) -> None:
+    """Makes the result's folder beside its place and moves it there whole."""
+    from hfcompress.publishing.model_card import write_card
+
+    partial = output.with_name(f".{output.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    shutil.copytree(checkpoint, partial, copy_function=_link_or_copy)
+    try:
+        report.save(partial / REPORT)
+        write_card(partial, report)
+        replace_directory(partial, output)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _link_or_copy(source: str, target: str) -> str:
+    """Weights are never changed in place, so the result may share them with the step that made them."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+    return target
+
+
+# Keys: what a step's result depends on
+
+
+def _key(*parts: Any) -> str:
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _find_model(name: str, *, progress: bool) -> Path:
+    if is_demo_model(name):
+        return fetch_model(name, progress=progress)
+    if is_local(name):
+        folder = Path(name)
+        if not (folder / "config.json").is_file():
+            raise DataError(f"model: {name} is not a checkpoint folder: it has no config.json")
+        return folder
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model"]))
+
+
+def _fingerprint(checkpoint: Path) -> dict[str, str]:
+    kinds: tuple[str, ...] = ("*.safetensors", "*.json", "*.txt", "*.model")
+    return {file.name: digest(file) for kind in kinds for file in sorted(checkpoint.glob(kind))}
+
+
+def _rows_digest(rows: Dataset) -> str:
+    hasher = hashlib.sha256()
+    for start in range(0, len(rows), 1000):
+        hasher.update(json.dumps(rows[start : start + 1000], sort_keys=True).encode())
+    return hasher.hexdigest()
+
+
+def _read_json(file: Path) -> Any:
+    try:
+        return json.loads(file.read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def _write_json(file: Path, value: Any) -> None:
+    partial = file.with_name(f".{file.name}.partial")
+    partial.write_text(json.dumps(value, indent=2))
+    os.replace(partial, file)
+
+

@@ -1,0 +1,211 @@
+"""What a recipe is once it has been read: frozen values and the rules for the order of steps."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import Field, SerializeAsAny, field_validator, model_validator
+
+from hfcompress.configuration import Config
+from hfcompress.errors import Problem
+from hfcompress.methods.registry import Method, method_of
+from hfcompress.methods.training import TrainingConfig
+
+_FILE_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,79}")
+_STEP_NAME = re.compile(r"[a-z0-9][a-z0-9_+-]{0,79}")
+_HUB_PART = r"[A-Za-z0-9_](?:[A-Za-z0-9_-]|\.(?!\.)){0,94}[A-Za-z0-9_]|[A-Za-z0-9_]"
+_HUB_ID = re.compile(rf"(?:(?:{_HUB_PART})/)?(?:{_HUB_PART})")
+_REPOSITORY = re.compile(rf"(?:{_HUB_PART})/(?:{_HUB_PART})")
+
+
+def is_local(model: str) -> bool:
+    """Tells whether a recipe's `model` is a folder: it starts with `/`, `./` or `../`."""
+    return model.startswith(("/", "./", "../"))
+
+
+class EvaluationConfig(Config):
+    """How models are judged after each step."""
+
+    batch_size: int = Field(default=32, ge=1, le=4096, description="examples in a batch, for quality")
+    speed_batch_size: int = Field(default=8, ge=1, le=4096, description="examples in a batch, for speed")
+    speed_sequence_length: int = Field(
+        default=128, ge=1, le=8192, description="tokens in an example, for speed"
+    )
+    speed_repeats: int = Field(default=20, ge=2, le=10_000, description="timed calls of each model")
+
+
+class PushConfig(Config):
+    """Where the result is published."""
+
+    repo: str = Field(description="the repository on the Hub, as org/name")
+    private: bool = Field(default=False, description="whether only its owners see the repository")
+
+    @field_validator("repo")
+    @classmethod
+    def _is_org_and_name(cls, repo: str) -> str:
+        if not _REPOSITORY.fullmatch(repo):
+            raise ValueError(f"should be org/name, not {repo!r}")
+        return repo
+
+
+class Step(Config):
+    """One or more methods done together: inside a Trainer with `training`, at once without it.
+
+    A step without methods fine-tunes.
+    """
+
+    name: str = Field(description="what the step is called in reports")
+    methods: tuple[SerializeAsAny[Config], ...] = ()
+    training: TrainingConfig | None = None
+    calibration: int = Field(
+        256, ge=1, le=100_000, description="training examples for methods that need some"
+    )
+
+    @field_validator("name")
+    @classmethod
+    def _is_addressable(cls, name: str) -> str:
+        if not _STEP_NAME.fullmatch(name):
+            raise ValueError(f"should be lower-case letters, digits, _, + and -, not {name!r}")
+        return name
+
+    def outline(self) -> Outline:
+        """Returns what the rules of order look at."""
+        return Outline(
+            self.name, tuple(method_of(config) for config in self.methods), self.training is not None
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the step as it could stand in a recipe, every default written out."""
+        values: dict[str, Any] = {"name": self.name}
+        for config in self.methods:
+            values[method_of(config).name] = config.model_dump(mode="json")
+        if self.training is not None:
+            values["training"] = self.training.model_dump(mode="json")
+        return values | {"calibration": self.calibration}
+
+
+class Header(Config):
+    """The fields of a recipe that stand alone."""
+
+    name: str = Field(description="what the run is called; its output goes to runs/<name>")
+    model: str = Field(description="demo/..., an id on the Hub, or a local folder (/, ./ or ../ first)")
+    task: str = Field(description="demo/..., or a GLUE task such as sst2")
+    data: str | None = Field(default=None, description="a local folder with the task's data")
+    seed: int = Field(default=42, ge=0, lt=2**32, description="makes runs repeatable")
+    max_length: int = Field(default=128, ge=4, le=8192, description="tokens after which a text is cut")
+
+    @field_validator("name")
+    @classmethod
+    def _is_file_name(cls, name: str) -> str:
+        if not _FILE_NAME.fullmatch(name):
+            raise ValueError(f"should be lower-case letters, digits, '.', '_' and '-', not {name!r}")
+        return name
+
+    @field_validator("model")
+    @classmethod
+    def _is_model(cls, model: str) -> str:
+        if not is_local(model) and not _HUB_ID.fullmatch(model):
+            allowed = "demo/..., a Hub id (org/name), or a folder that starts with /, ./ or ../"
+            raise ValueError(f"should be {allowed}, not {model!r}")
+        return model
+
+    @field_validator("data")
+    @classmethod
+    def _is_folder_name(cls, data: str | None) -> str | None:
+        if data == "":
+            raise ValueError("should name a local folder, or be left out")
+        return data
+
+
+class Recipe(Header):
+    """All that a run is told, checked as far as it can be before a weight is loaded.
+
+    Raises:
+        ConfigError: A value is wrong, or the steps stand in an impossible order.
+    """
+
+    evaluation: EvaluationConfig = EvaluationConfig()
+    push: PushConfig | None = None
+    steps: tuple[Step, ...]
+
+    @model_validator(mode="after")
+    def _is_in_order(self) -> Recipe:
+        if problems := order_problems([step.outline() for step in self.steps]):
+            raise ValueError("; ".join(str(problem) for problem in problems))
+        return self
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the recipe as plain JSON values, every default written out."""
+        values = self.model_dump(mode="json", exclude={"steps", "push", "data"})
+        if self.data is not None:
+            values["data"] = self.data
+        if self.push is not None:
+            values["push"] = self.push.model_dump(mode="json")
+        return values | {"steps": [step.to_dict() for step in self.steps]}
+
+
+@dataclass(frozen=True)
+class Outline:
+    """What the rules of order need to know of a step, known even when its values are wrong."""
+
+    name: str
+    methods: tuple[Method, ...]
+    trains: bool
+
+
+_FROZEN = (
+    "cannot train once the model is quantized ({since}): distilling a quantized model is LoRA on frozen "
+    "weights, then merge and quantize again; move the training before it"
+)
+
+
+def order_problems(steps: Sequence[Outline]) -> list[Problem]:
+    """Returns why steps cannot be done in their order; paths are (`steps`, index, key...)."""
+    problems: list[Problem] = []
+    if not steps:
+        problems.append(Problem(("steps",), "should hold at least one step"))
+    quantized_by = ""
+    names: dict[str, int] = {}
+    for index, step in enumerate(steps):
+        path = ("steps", index)
+        if not step.methods and not step.trains:
+            message = "the step is empty: give it at least one method, or `training` to fine-tune"
+            problems.append(Problem(path, message))
+        elif step.name in names:
+            problems.append(
+                Problem((*path, "name"), f"another step is called '{step.name}'; give it its own `name`")
+            )
+        names.setdefault(step.name, index)
+        problems += _mode_problems(step, path)
+        if quantized_by:
+            problems += _late_problems(step, path, f"by step '{quantized_by}'")
+        if any(method.quantizes for method in step.methods):
+            quantized_by = quantized_by or step.name
+    return problems
+
+
+def _mode_problems(step: Outline, path: tuple[str | int, ...]) -> list[Problem]:
+    """A method must be able to work the way its step works: in a Trainer, or at once."""
+    problems = []
+    for method in step.methods:
+        if step.trains and method.part is None:
+            message = "works at once and not in training; give it a step of its own, without `training`"
+            problems.append(Problem((*path, method.name), message))
+        if not step.trains and method.apply is None:
+            message = "works only in training; add `training: {epochs: ..., learning_rate: ...}` to the step"
+            problems.append(Problem((*path, method.name), message))
+    return problems
+
+
+def _late_problems(step: Outline, path: tuple[str | int, ...], since: str) -> list[Problem]:
+    problems = []
+    for method in step.methods:
+        if method.needs_float and method.apply is not None:
+            message = f"needs float weights, but the model is quantized {since}; move it before that step"
+            problems.append(Problem((*path, method.name), message))
+    if step.trains:
+        problems.append(Problem((*path, "training"), _FROZEN.format(since=since)))
+    return problems

@@ -1,0 +1,42 @@
+"""What a task is, apart from its data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Kind = Literal["classification", "regression"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """One thing to learn and how it is judged.
+
+    Attributes:
+        name: Its name in recipes, such as `sst2` or `demo/movie-reviews`.
+        kind: What a model predicts: one of `labels`, or one number.
+        columns: The text column, or the two of a pair, in the order the tokenizer gets them.
+        label: The label column.
+        labels: The label names in the order of the data's label ids; empty for regression.
+        metrics: What is reported; retention is computed on the first.
+        evaluation_split: The split that is measured.
+        training_split: The split that is learnt from, or None where a task is only measured.
+        dataset: The data's id on the Hub, or a name of it for people.
+        dataset_config: The configuration of a Hub dataset that holds the task.
+    """
+
+    name: str
+    kind: Kind
+    columns: tuple[str, ...]
+    label: str
+    labels: tuple[str, ...]
+    metrics: tuple[str, ...]
+    evaluation_split: str
+    training_split: str | None = "train"
+    dataset: str
+    dataset_config: str | None
+
+    @property
+    def pair(self) -> bool:
+        """Whether the model reads two texts at once."""
+        return len(self.columns) == 2

@@ -1,0 +1,178 @@
+"""The console script's entry: parses arguments and imports nothing heavy until a command runs.
+
+This module stands beside the package, not in it: importing anything of the package loads torch.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+DONE, FAILED, USER_ERROR, INTERRUPTED = 0, 1, 2, 130
+
+app = typer.Typer(
+    name="hfcompress",
+    help="Compress transformers models by recipe, and measure what comes out.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON only.")]
+
+
+@app.command()
+def run(
+    recipe: Annotated[Path, typer.Argument(help="A YAML file.", show_default=False)],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Where results go; runs/<name> by default.")
+    ] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Replace a value, such as steps.low_rank.keep=0.4."),
+    ] = None,
+    plan: Annotated[bool, typer.Option("--plan", help="Check the recipe, print its steps and stop.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no logs.")] = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Run a recipe: train, compress, save, reload, evaluate, and write report and card."""
+    _call(
+        "run",
+        debug,
+        recipe=recipe,
+        output=output,
+        overrides=overrides or [],
+        plan=plan,
+        quiet=quiet,
+        as_json=as_json,
+    )
+
+
+@app.command()
+def evaluate(
+    directory: Annotated[
+        Path, typer.Argument(metavar="DIR", help="A checkpoint folder.", show_default=False)
+    ],
+    task: Annotated[
+        str | None, typer.Option("--task", help="The task; by default the one in the folder's report.")
+    ] = None,
+    data: Annotated[str | None, typer.Option("--data", help="A local folder with the task's data.")] = None,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Examples in a batch.")] = 32,
+    max_length: Annotated[
+        int | None,
+        typer.Option("--max-length", min=4, help="Tokens after which a text is cut; as in the report."),
+    ] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no logs.")] = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Measure a checkpoint's quality on a task."""
+    options = {"task": task, "data": data, "batch_size": batch_size, "max_length": max_length}
+    _call("evaluate", debug, directory=directory, **options, quiet=quiet, as_json=as_json)
+
+
+@app.command()
+def card(
+    directory: Annotated[
+        Path, typer.Argument(metavar="DIR", help="A checkpoint folder.", show_default=False)
+    ],
+    debug: Debug = False,
+) -> None:
+    """Write the model card of a checkpoint again, from its report."""
+    _call("card", debug, directory=directory)
+
+
+@app.command()
+def push(
+    directory: Annotated[
+        Path, typer.Argument(metavar="DIR", help="A checkpoint folder.", show_default=False)
+    ],
+    repository: Annotated[str, typer.Argument(metavar="ORG/NAME", help="Where to.", show_default=False)],
+    private: Annotated[bool, typer.Option("--private", help="Only its owners see the repository.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Upload a checkpoint, its card and its report to the Hub."""
+    _call("push", debug, directory=directory, repository=repository, private=private)
+
+
+@app.command()
+def methods(as_json: Json = False, debug: Debug = False) -> None:
+    """List the methods with their fields, defaults and allowed values."""
+    _call("methods", debug, as_json=as_json)
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    from importlib.metadata import version as installed
+
+    print(installed("hfcompress"))
+
+
+def main() -> None:
+    """Runs the command line."""
+    try:
+        app()
+    except KeyboardInterrupt:
+        raise SystemExit(_interrupted()) from None
+
+
+def _call(name: str, debug: bool, **values: Any) -> None:
+    """Runs a command's body and turns what it raises into a message and an exit code."""
+    code = _guarded(lambda: getattr(_commands(), name)(**values), debug)
+    if code != DONE:
+        raise typer.Exit(code)
+
+
+def _commands() -> Any:
+    from hfcompress import commands
+
+    return commands
+
+
+def _guarded(body: Callable[[], None], debug: bool) -> int:
+    try:
+        body()
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        return _interrupted()
+    except BrokenPipeError:
+        # The reader (`| head`) has seen enough; Python would complain again when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
+    except Exception as error:
+        return _explain(error, debug)
+    return DONE
+
+
+def _explain(error: Exception, debug: bool) -> int:
+    if debug:
+        import traceback
+
+        traceback.print_exception(error)
+    # The class lives in the package, whose import may be what failed: it is known by its attributes.
+    user_error = getattr(error, "user_error", None)
+    if user_error is None:
+        said = str(error) or "no message"
+        advice = "" if debug else "\nThis was not foreseen. Run it again with --debug for the traceback."
+        print(f"error: {type(error).__name__}: {said}{advice}", file=sys.stderr)
+        return FAILED
+    print(f"error: {error}", file=sys.stderr)
+    return USER_ERROR if user_error else FAILED
+
+
+def _interrupted() -> int:
+    print("\ninterrupted; finished steps are kept, the same command goes on from there", file=sys.stderr)
+    return INTERRUPTED
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# Checks the project: style, types, tests. `--full` adds the slow tests; other arguments go to pytest.
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+
+# Several processes with a spinning OpenMP pool each make one another slow.
+export OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE TOKENIZERS_PARALLELISM=false
+# pyright would ask a registry whether a newer release is there.
+export PYRIGHT_PYTHON_IGNORE_WARNINGS=1
+
+selection=()
+if [[ ${1:-} == --full ]]; then
+    selection=(-m "slow or not slow")
+    shift
+fi
+
+"$python" -m ruff check .
+"$python" -m ruff format --check .
+"$python" -m pyright
+"$python" -m pytest -n 2 -q "${selection[@]}" "$@"

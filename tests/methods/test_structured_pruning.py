@@ -1,0 +1,136 @@
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hfcompress import LowRankConfig, QuantizationConfig, StructuredPruningConfig, compress
+from hfcompress.errors import CompressionError, ConfigError
+from hfcompress.methods.structured_pruning import PruningPart, cubic_share, select
+from hfcompress.modeling.anatomy import attention_blocks, feed_forward_blocks
+from tests.workshop import batches, logits, tiny_classifier
+
+
+@given(st.floats(0.01, 0.99), st.integers(0, 50), st.integers(51, 200))
+def test_the_cubic_schedule_rises_from_nothing_to_the_target(target: float, begin: int, end: int) -> None:
+    shares = [cubic_share(target, step, begin, end) for step in range(end + 10)]
+    assert shares[begin] == 0.0 and shares[end] == target
+    assert all(early <= late for early, late in pairwise(shares))
+
+
+@given(
+    st.lists(st.lists(st.floats(0, 1e6, width=32), min_size=1, max_size=40), min_size=1, max_size=5),
+    st.floats(0, 0.99),
+    st.integers(1, 8),
+)
+def test_selection_keeps_the_share_in_whole_blocks(layers: list[list[float]], removed: float, multiple: int) -> None:
+    scores = [torch.tensor(layer) for layer in layers]
+    kept = select(scores, removed, multiple)
+    total = sum(map(len, layers))
+    least = sum(min(multiple, len(layer)) for layer in layers)
+    count = sum(map(len, kept))
+    assert abs(count - max(round(total * (1 - removed)), least)) <= multiple
+    for index, layer in zip(kept, scores, strict=True):
+        assert len(index) and index.tolist() == sorted(set(index.tolist()))
+        assert len(index) % multiple == 0 or len(index) == len(layer)
+        dropped = torch.ones(len(layer), dtype=torch.bool).index_fill(0, index, False)
+        assert not dropped.any() or layer[index].min() >= layer[dropped].max()
+
+
+def test_pruning_is_zeroing_what_the_units_pass_on() -> None:
+    whole, data = tiny_classifier(), batches(3)
+    pruned = compress(tiny_classifier(), [StructuredPruningConfig(heads=0.4, neurons=0.3)], calibration=data)
+    uneven = {block.heads for block in attention_blocks(pruned)}
+    assert sum(block.heads for block in attention_blocks(pruned)) == 5 and len(uneven) == 2
+    with torch.no_grad():
+        for now, was in zip(attention_blocks(pruned), attention_blocks(whole), strict=True):
+            rows = was.at("attention.self.value").weight.view(4, 16, 64)
+            left = now.at("attention.self.value").weight.view(-1, 16, 64)
+            gone = [i for i in range(4) if not any(torch.equal(rows[i], head) for head in left)]
+            assert len(gone) == 4 - now.heads
+            for head in gone:
+                was.at("attention.output.dense").weight[:, head * 16 : (head + 1) * 16] = 0
+        for now, was in zip(feed_forward_blocks(pruned), feed_forward_blocks(whole), strict=True):
+            left_rows = now.at("intermediate.dense").weight
+            for neuron, row in enumerate(was.at("intermediate.dense").weight):
+                if not (left_rows == row).all(1).any():
+                    was.at("output.dense").weight[:, neuron] = 0
+    torch.testing.assert_close(logits(pruned, data[0]), logits(whole, data[0]), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("importance", ["taylor", "activation", "magnitude"])
+def test_a_unit_that_does_nothing_goes_first(importance: str) -> None:
+    model = tiny_classifier()
+    with torch.no_grad():
+        block = attention_blocks(model)[1]
+        block.at("attention.output.dense").weight[:, 16:32] = 0  # head 1 is not listened to
+    kept_rows = block.at("attention.self.value").weight.detach().clone().view(4, 16, 64)
+    config = StructuredPruningConfig(heads=1 / 8, importance=importance)
+    compress(model, [config], calibration=batches(2))
+    left = block.at("attention.self.value").weight
+    torch.testing.assert_close(left, kept_rows[[0, 2, 3]].flatten(0, 1))
+
+
+def test_every_layer_keeps_a_head_and_a_block_of_neurons() -> None:
+    model = compress(tiny_classifier(), [StructuredPruningConfig(heads=0.99, neurons=0.99)])
+    assert [block.heads for block in attention_blocks(model)] == [1, 1]
+    assert [block.neurons for block in feed_forward_blocks(model)] == [8, 8]
+
+
+def test_a_low_rank_layer_is_pruned_like_a_whole_one() -> None:
+    data = batches(2)
+    model = compress(tiny_classifier(), [LowRankConfig(keep=0.6), StructuredPruningConfig(heads=0.5, neurons=0.5)], calibration=data)
+    assert sum(block.heads for block in attention_blocks(model)) == 4
+    assert torch.isfinite(logits(model, data[0])).all()
+
+
+def test_masks_only_ever_close_and_survive_a_resume() -> None:
+    model, batch = tiny_classifier(), batches(1)[0]
+    part = PruningPart(StructuredPruningConfig(heads=0.5, neurons=0.5, begin=0.0, end=0.8, interval=1))
+    part.begin(model, 10, torch.device("cpu"))
+    open_before = sum(int(mask.sum()) for mask in part._masks["neurons"])
+    for step in range(1, 9):
+        model.zero_grad()
+        model(**batch).loss.backward()
+        part.before_optimizer_step(step - 1)
+        part.after_step(step)
+        open_now = sum(int(mask.sum()) for mask in part._masks["neurons"])
+        assert open_now <= open_before
+        open_before = open_now
+        assert part.settled(step) == (step >= 8)
+    assert open_before == 96
+    other = PruningPart(part.config)
+    other.begin(tiny_classifier(), 10, torch.device("cpu"))
+    other.load_state(part.state())
+    assert all(torch.equal(value, other.state()[name]) for name, value in part.state().items())
+    masked = logits(model, batch)
+    part.end(model)
+    torch.testing.assert_close(logits(model, batch), masked, rtol=1e-5, atol=1e-6)
+
+
+def test_taylor_without_labels_says_what_is_missing() -> None:
+    with pytest.raises(CompressionError, match="labels"):
+        compress(
+            tiny_classifier(),
+            [StructuredPruningConfig(heads=0.5, importance="taylor")],
+            calibration=batches(1, labels=False),
+        )
+
+
+def test_a_quantized_model_is_refused_and_left_alone() -> None:
+    model = compress(tiny_classifier(), [QuantizationConfig()])
+    before = logits(model, batches(1)[0])
+    with pytest.raises(CompressionError, match="quantiz"):
+        compress(model, [StructuredPruningConfig(heads=0.5)])
+    assert torch.equal(logits(model, batches(1)[0]), before)
+
+
+@pytest.mark.parametrize(
+    "values", [{}, {"heads": 1.0}, {"heads": -0.1}, {"heads": 0.5, "begin": 0.7}, {"neurons": "0.5"}, {"heads": True}]
+)
+def test_bad_fields_are_refused(values: dict) -> None:
+    with pytest.raises(ConfigError):
+        StructuredPruningConfig(**values)

@@ -1,0 +1,52 @@
+"""The catalogue agrees with nyu-mll/glue."""
+
+from __future__ import annotations
+
+import pytest
+
+from hfcompress.errors import DataError
+from hfcompress.tasks import get_task, task_names
+
+# Copied from the data set's own features, so that a slip in the catalogue shows.
+GLUE_LABELS = {
+    "cola": ("unacceptable", "acceptable"),
+    "sst2": ("negative", "positive"),
+    "mrpc": ("not_equivalent", "equivalent"),
+    "qqp": ("not_duplicate", "duplicate"),
+    "stsb": (),
+    "mnli": ("entailment", "neutral", "contradiction"),
+    "qnli": ("entailment", "not_entailment"),
+    "rte": ("entailment", "not_entailment"),
+    "wnli": ("not_entailment", "entailment"),
+    "ax": ("entailment", "neutral", "contradiction"),
+}
+
+
+def test_all_glue_tasks_and_the_demo_are_there() -> None:
+    assert set(task_names()) == {*GLUE_LABELS, "demo/movie-reviews"}
+
+
+@pytest.mark.parametrize("name", GLUE_LABELS)
+def test_glue_labels_and_their_order(name: str) -> None:
+    task = get_task(name)
+    assert task.labels == GLUE_LABELS[name]
+    assert (task.dataset, task.dataset_config) == ("nyu-mll/glue", name)
+    assert task.kind == ("classification" if task.labels else "regression")
+
+
+def test_official_metrics() -> None:
+    named = {name: get_task(name).metrics for name in GLUE_LABELS}
+    assert named.pop("cola") == named.pop("ax") == ("matthews_correlation",)
+    assert named.pop("mrpc") == named.pop("qqp") == ("accuracy", "f1")
+    assert named.pop("stsb") == ("pearson", "spearmanr")
+    assert set(named.values()) == {("accuracy",)}
+
+
+def test_splits_that_are_not_the_usual_ones() -> None:
+    assert get_task("mnli").evaluation_split == "validation_matched"
+    assert (get_task("ax").training_split, get_task("ax").evaluation_split) == (None, "test")
+
+
+def test_an_unknown_name_is_answered_with_the_nearest_and_all() -> None:
+    with pytest.raises(DataError, match=r"'sst-2' is not known; did you mean 'sst2'\? allowed: .*wnli"):
+        get_task("sst-2")
