@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from hfcompress.methods.low_rank import LowRankConfig
     from hfcompress.methods.quantization import QuantizationConfig
     from hfcompress.methods.structured_pruning import StructuredPruningConfig
-    from hfcompress.methods.training import DistillationTrainer, PruningTrainer, TrainingConfig
+    from hfcompress.methods.trainer import DistillationTrainer, PruningTrainer
+    from hfcompress.methods.training import TrainingConfig
 
 __version__ = version("hfcompress")
 
@@ -28,8 +29,8 @@ _HOMES = {
     "LowRankConfig": "hfcompress.methods.low_rank",
     "QuantizationConfig": "hfcompress.methods.quantization",
     "StructuredPruningConfig": "hfcompress.methods.structured_pruning",
-    "DistillationTrainer": "hfcompress.methods.training",
-    "PruningTrainer": "hfcompress.methods.training",
+    "DistillationTrainer": "hfcompress.methods.trainer",
+    "PruningTrainer": "hfcompress.methods.trainer",
     "TrainingConfig": "hfcompress.methods.training",
 }
 

@@ -172,7 +172,8 @@ class _Bench:
     def _in_training(self, model: PreTrainedModel, step: Step, folder: Path, teacher: _Done | None) -> dict[str, Any]:
         from transformers import DataCollatorWithPadding
 
-        from hfcompress.methods.training import CompressionTrainer, training_arguments
+        from hfcompress.methods.trainer import CompressionTrainer
+        from hfcompress.methods.training import training_arguments
 
         assert step.training is not None
         taught = any(method_of(config).name == "distillation" for config in step.methods)

@@ -1,0 +1,261 @@
+"""One Trainer for every method that trains; the public trainers are this one with a part set.
+
+Kept apart from `training`, whose small classes every method's file needs: transformers' Trainer takes seconds to
+import.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+
+from hfcompress.configuration import Config
+from hfcompress.errors import CheckpointError, TrainingError
+from hfcompress.methods.registry import Context, method_of, methods
+from hfcompress.methods.resuming import last_whole_checkpoint, require_same_shape, require_whole, write_manifest
+from hfcompress.methods.training import Part
+from hfcompress.modeling.checkpoint import replace_directory
+
+PARTS_FILE = "hfcompress_parts.safetensors"
+
+
+class _RunParts(TrainerCallback):
+    """Hands the Trainer's events on to its parts."""
+
+    def __init__(self, trainer: CompressionTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer._begin_parts(state.max_steps)
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        for part in self.trainer.parts:
+            part.before_optimizer_step(state.global_step)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        for part in self.trainer.parts:
+            part.after_step(state.global_step)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer._end_parts()
+
+
+class CompressionTrainer(Trainer):
+    """A `transformers.Trainer` that can distil, prune, or both in one run.
+
+    Losses of the parts are added to the model's own, every term normalised over the whole accumulation window
+    and all processes. Training checkpoints are written whole or not at all, and only whole ones are resumed.
+    A structured method masks while it trains; the model shrinks once, when training ends.
+
+    Args:
+        model: The student.
+        args: Trainer's arguments.
+        teacher: The model to learn from; frozen, in evaluation mode, never saved.
+        distillation: Adds a distilling part.
+        pruning: Adds a pruning part.
+        parts: More parts, ready-made.
+        **kwargs: As in `transformers.Trainer`.
+
+    Attributes:
+        findings: After training, what each part found out.
+    """
+
+    loss_is_scaled_for_ga = True
+
+    def __init__(
+        self,
+        model: PreTrainedModel | None = None,
+        args: TrainingArguments | None = None,
+        *,
+        teacher: PreTrainedModel | None = None,
+        distillation: Config | None = None,
+        pruning: Config | None = None,
+        parts: Sequence[Part] = (),
+        **kwargs: Any,
+    ) -> None:
+        context = Context(teacher=teacher)
+        made: list[Part] = []
+        for config in (distillation, pruning):
+            if config is not None:
+                method = method_of(config)
+                assert method.part is not None, method.name
+                made.append(method.part(config, context))
+        self.parts: tuple[Part, ...] = (*made, *parts)
+        self.findings: list[dict[str, Any]] = []
+        self._resume_from: Path | None = None
+        self._terms: dict[str, torch.Tensor] = {}
+        self._terms_seen = 0
+        super().__init__(model, args, **kwargs)  # type: ignore[arg-type]
+        # Trainer counts the labels of a whole accumulation window only for models that take the count.
+        # Here compute_loss takes it instead, for every model.
+        self.model_accepts_loss_kwargs = True
+        self.add_callback(_RunParts(self))
+
+    # Losses
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        """Adds the parts' losses to the model's; in evaluation only the model's own counts."""
+        if not model.training:
+            return super().compute_loss(model, inputs, return_outputs)
+        share = self._share_of_window(inputs, num_items_in_batch)
+        labelled = dict(inputs)
+        extra: dict[str, Any] = {}
+        for part in self.parts:
+            extra |= part.forward_arguments()
+        loss, outputs = super().compute_loss(model, {**inputs, **extra}, return_outputs=True)
+        terms = {"labels": loss}
+        for part in self.parts:
+            terms["labels"] = terms["labels"] * part.label_weight
+            with self.accelerator.autocast():
+                terms |= part.losses(labelled, outputs)
+        total = torch.stack([term.float() for term in terms.values()]).sum()
+        if not torch.isfinite(total):
+            bad = [name for name, term in terms.items() if not torch.isfinite(term)]
+            raise TrainingError(
+                f"step {self.state.global_step + 1}: the loss is not finite ({', '.join(bad) or 'their sum'})",
+                hint="The last whole training checkpoint is kept. Lower the learning rate, or train in fp32.",
+            )
+        if self.parts:
+            for name, term in terms.items():
+                self._terms[name] = self._terms.get(name, torch.zeros_like(total)) + term.detach().float()
+            self._terms_seen += 1
+        total = total * share
+        return (total, outputs) if return_outputs else total
+
+    def _share_of_window(self, inputs: Mapping[str, Any], items: torch.Tensor | int | None) -> torch.Tensor | float:
+        """Returns what share of the accumulation window's labels this batch holds, times the processes.
+
+        Every loss is a mean over its own batch; weighted so, four batches of four are one batch of sixteen,
+        whatever their padding, and the mean that DDP takes over processes is the mean over all labels.
+        """
+        labels = inputs.get("labels")
+        if items is None or labels is None:
+            return 1.0 / self.current_gradient_accumulation_steps
+        here = labels[..., 1:] if self._loss_shifts_labels else labels
+        processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+        return here.ne(-100).sum() * processes / items
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the mean of each loss term since the last log."""
+        if "loss" in logs and self._terms_seen:
+            means = {f"loss_{name}": (total / self._terms_seen).item() for name, total in self._terms.items()}
+            logs = {**logs, **means}
+            self._terms, self._terms_seen = {}, 0
+        super().log(logs, start_time)
+
+    # Parts
+
+    def _begin_parts(self, total_steps: int) -> None:
+        model = self.accelerator.unwrap_model(self.model)
+        for part in self.parts:
+            part.begin(model, total_steps, self.args.device)
+        if self._resume_from is not None and self.parts:
+            stored = load_file(self._resume_from / PARTS_FILE)
+            for index, part in enumerate(self.parts):
+                prefix = f"{index}."
+                part.load_state({k.removeprefix(prefix): v for k, v in stored.items() if k.startswith(prefix)})
+
+    def _end_parts(self) -> None:
+        model = self.accelerator.unwrap_model(self.model)
+        self.findings = [part.end(model) for part in self.parts]
+        self.model_wrapped = self.model  # shapes may have changed under the wrapper
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        if not all(part.settled(self.state.global_step) for part in self.parts):
+            return False
+        return super()._determine_best_metric(metrics, trial)
+
+    # Checkpoints
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        """Trains; `resume_from_checkpoint=True` takes the newest whole checkpoint, if there is one.
+
+        Raises:
+            CheckpointError: The named checkpoint is damaged or has another structure.
+            TrainingError: The loss is not finite.
+        """
+        self._resume_from = None
+        if resume_from_checkpoint is True:
+            newest = last_whole_checkpoint(Path(str(self.args.output_dir)))
+            resume_from_checkpoint = str(newest) if newest else None
+        return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        checkpoint = Path(resume_from_checkpoint)
+        require_whole(checkpoint)
+        if self.parts and not (checkpoint / PARTS_FILE).exists():
+            raise CheckpointError(
+                f"{checkpoint} was written by another kind of training: it has no {PARTS_FILE}",
+                hint="Start the run again in an empty folder.",
+            )
+        require_same_shape(checkpoint, self.accelerator.unwrap_model(self.model))
+        self._resume_from = checkpoint
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        checkpoint = Path(str(self.state.best_model_checkpoint))
+        require_whole(checkpoint)
+        require_same_shape(checkpoint, self.accelerator.unwrap_model(self.model))
+        super()._load_best_model()
+
+    def _get_output_dir(self, trial: Any) -> str:
+        folder = super()._get_output_dir(trial)
+        return os.path.join(folder, ".partial") if getattr(self, "_staging", False) else folder
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Writes a checkpoint aside and moves it to its place with one rename."""
+        folder = Path(self._get_output_dir(trial))
+        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        staged, final = folder / ".partial" / name, folder / name
+        self._staging = True
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self._staging = False
+        if self.state.best_global_step:
+            self.state.best_model_checkpoint = str(folder / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}")
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            self.state.save_to_json(str(staged / "trainer_state.json"))
+            if self.parts:
+                state = {f"{i}.{k}": v for i, part in enumerate(self.parts) for k, v in part.state().items()}
+                save_file(state, staged / PARTS_FILE)
+            write_manifest(staged)
+            replace_directory(staged, final)
+            rotate_checkpoints(
+                output_dir=str(folder),
+                save_total_limit=self.args.save_total_limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+                use_mtime=False,
+            )
+        self.accelerator.wait_for_everyone()
+
+
+class DistillationTrainer(CompressionTrainer):
+    """A Trainer whose student also learns from a teacher; see `CompressionTrainer` for the arguments."""
+
+    def __init__(self, *args: Any, teacher: PreTrainedModel, distillation: Config | None = None, **kwargs: Any) -> None:
+        if distillation is None:
+            distillation = methods()["distillation"].config()
+        super().__init__(*args, teacher=teacher, distillation=distillation, **kwargs)
+
+
+class PruningTrainer(CompressionTrainer):
+    """A Trainer that prunes gradually; with `teacher` and `distillation` it distils in the same run."""
+
+    def __init__(self, *args: Any, pruning: Config, **kwargs: Any) -> None:
+        super().__init__(*args, pruning=pruning, **kwargs)

@@ -1,0 +1,178 @@
+"""What the Hub reads of a model: the card's header, and the results beside it."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING
+
+import yaml
+
+from hfcompress.publishing.markup import plain
+from hfcompress.tasks import Task, get_task
+
+if TYPE_CHECKING:
+    from huggingface_hub import EvalResult
+
+    from hfcompress.evaluation.report import Report
+
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
+_PIPELINES = {"classification": "text-classification", "regression": "text-classification"}
+_TAGS = {
+    "distillation": "distilled",
+    "structured_pruning": "pruned",
+    "unstructured_pruning": "pruned",
+    "low_rank": "low-rank",
+    "quantization": "quantized",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class License:
+    """A licence as card headers name it.
+
+    Attributes:
+        id: The Hub's identifier, such as `apache-2.0`, or `other`.
+        name: Its name, where the identifier is `other`.
+        link: Where its text is, where the identifier is `other`.
+    """
+
+    id: str
+    name: str | None = None
+    link: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """Where a model comes from that is fetched without the Hub."""
+
+    hub_id: str
+    license: License
+
+
+DEMO_MODELS: Mapping[str, Source] = MappingProxyType(
+    {
+        "demo/minilm-l6": Source(
+            hub_id="sentence-transformers/all-MiniLM-L6-v2", license=License(id="apache-2.0")
+        )
+    }
+)
+
+
+def is_local(model: str) -> bool:
+    """Tells whether a recipe's `model` is a folder."""
+    return model.startswith(("/", "./", "../"))
+
+
+def hub_id(model: str) -> str | None:
+    """Returns the model's id on the Hub, or None where it is not known to have one."""
+    if model in DEMO_MODELS:
+        return DEMO_MODELS[model].hub_id
+    return None if is_local(model) or model.startswith("demo/") else model
+
+
+def find_license(model: str) -> License | None:
+    """Looks for the base model's licence without the network: in its folder, or in the Hub's cache.
+
+    Returns:
+        The licence that its own card states, or None where it cannot be known.
+    """
+    from huggingface_hub import ModelCard, try_to_load_from_cache
+
+    if model in DEMO_MODELS:
+        return DEMO_MODELS[model].license
+    if not is_local(model) and hub_id(model) is None:
+        return None
+    found = str(Path(model) / "README.md") if is_local(model) else try_to_load_from_cache(model, "README.md")
+    if not isinstance(found, str) or not Path(found).is_file():
+        return None
+    try:
+        data = ModelCard(Path(found).read_text(encoding="utf-8"), ignore_metadata_errors=True).data
+    except (OSError, ValueError, TypeError, yaml.YAMLError):
+        return None  # a card that cannot be read states no licence
+    given = data.get("license")
+    if not isinstance(given, str):
+        return None
+    name, link = data.get("license_name"), data.get("license_link")
+    return License(
+        id=plain(given),
+        name=plain(name) if isinstance(name, str) else None,
+        link=plain(link) if isinstance(link, str) else None,
+    )
+
+
+def header(report: Report, license: License | None) -> str:
+    """Returns the YAML of the card's header, without the lines of dashes."""
+    from huggingface_hub import ModelCardData
+
+    task, base = get_task(report.task), hub_id(report.base_model)
+    methods = [name for row in report.rows for name in row.methods]
+    quantized = "quantization" in methods
+    data = ModelCardData(
+        base_model=base,
+        datasets=[task.dataset] if on_hub(task) else None,
+        eval_results=_results(report, task) or None,
+        # The checkpoint loads by transformers' own from_pretrained, so that is what the Hub should show code
+        # for and count downloads by; hfcompress is no library that the Hub knows, and stands in the tags.
+        library_name="transformers",
+        license=license.id if license else None,
+        license_name=license.name if license else None,
+        license_link=license.link if license else None,
+        metrics=[plain(name) for name in report.rows[-1].metrics],
+        model_name=plain(report.name),
+        pipeline_tag=_PIPELINES.get(task.kind),
+        tags=["hfcompress", *dict.fromkeys(_TAGS[name] for name in methods if name in _TAGS)],
+        base_model_relation=("quantized" if quantized else "finetune") if base else None,
+    )
+    values = {
+        key: value for key, value in data.to_dict().items() if key != "model_name" and value is not None
+    }
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True).rstrip()
+
+
+def eval_results(report: Report) -> tuple[str, str] | None:
+    """Returns the name and the text of the file of results that the Hub reads beside the card.
+
+    Returns:
+        None where the data are not on the Hub, or the metric is not defined: there is nothing to refer to.
+    """
+    from huggingface_hub import EvalResultEntry, eval_result_entries_to_yaml
+
+    task, value = get_task(report.task), report.rows[-1].metrics.get(report.metric, math.nan)
+    if not on_hub(task) or not math.isfinite(value):
+        return None
+    entry = EvalResultEntry(
+        dataset_id=task.dataset,
+        task_id=task.dataset_config or "default",
+        value=value,
+        notes=plain(f"{report.metric} on {report.split}, {report.examples} rows"),
+    )
+    text = yaml.safe_dump(eval_result_entries_to_yaml([entry]), sort_keys=False, allow_unicode=True)
+    return f".eval_results/{re.sub(r'[^A-Za-z0-9_.-]', '-', task.name)}.yaml", text
+
+
+def on_hub(task: Task) -> bool:
+    """Tells whether the task's data have an id on the Hub."""
+    return _HUB_ID.fullmatch(task.dataset) is not None
+
+
+def _results(report: Report, task: Task) -> list[EvalResult]:
+    from huggingface_hub import EvalResult
+
+    measured = {key: value for key, value in report.rows[-1].metrics.items() if math.isfinite(value)}
+    return [
+        EvalResult(
+            task_type=_PIPELINES.get(task.kind, task.kind),
+            dataset_type=task.dataset if on_hub(task) else plain(task.name),
+            dataset_name=plain(task.name),
+            dataset_config=task.dataset_config,
+            dataset_split=plain(report.split),
+            metric_type=plain(name),
+            metric_value=value,
+        )
+        for name, value in measured.items()
+    ]
