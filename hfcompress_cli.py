@@ -58,9 +58,7 @@ def run(
 
 @app.command()
 def evaluate(
-    directory: Annotated[
-        Path, typer.Argument(metavar="DIR", help="A checkpoint folder.", show_default=False)
-    ],
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A checkpoint folder.", show_default=False)],
     task: Annotated[
         str | None, typer.Option("--task", help="The task; by default the one in the folder's report.")
     ] = None,
@@ -81,9 +79,7 @@ def evaluate(
 
 @app.command()
 def card(
-    directory: Annotated[
-        Path, typer.Argument(metavar="DIR", help="A checkpoint folder.", show_default=False)
-    ],
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A checkpoint folder.", show_default=False)],
     debug: Debug = False,
 ) -> None:
     """Write the model card of a checkpoint again, from its report."""
@@ -92,9 +88,7 @@ def card(
 
 @app.command()
 def push(
-    directory: Annotated[
-        Path, typer.Argument(metavar="DIR", help="A checkpoint folder.", show_default=False)
-    ],
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A checkpoint folder.", show_default=False)],
     repository: Annotated[str, typer.Argument(metavar="ORG/NAME", help="Where to.", show_default=False)],
     private: Annotated[bool, typer.Option("--private", help="Only its owners see the repository.")] = False,
     debug: Debug = False,

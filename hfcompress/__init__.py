@@ -10,8 +10,6 @@ from importlib import import_module
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-import hfcompress.modeling.checkpoint  # registers the loader
-
 if TYPE_CHECKING:
     from hfcompress.methods import compress
     from hfcompress.methods.distillation import DistillationConfig
@@ -22,6 +20,8 @@ if TYPE_CHECKING:
     from hfcompress.methods.training import TrainingConfig
 
 __version__ = version("hfcompress")
+
+import_module("hfcompress.modeling.checkpoint")  # registers the loader
 
 _HOMES = {
     "compress": "hfcompress.methods",

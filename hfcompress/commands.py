@@ -92,18 +92,14 @@ def evaluate(
         split = load_data(chosen, data, progress=not quiet)[chosen.evaluation_split]
         label2id = model.config.label2id if chosen.labels else None
         examples = preprocess(split, chosen, tokenizer, max_length=length, label2id=label2id)
-        quality = evaluate_quality(
-            model, examples, chosen, tokenizer, batch_size=batch_size, progress=not quiet
-        )
+        quality = evaluate_quality(model, examples, chosen, tokenizer, batch_size=batch_size, progress=not quiet)
     facts = {"task": chosen.name, "split": chosen.evaluation_split, "examples": quality.examples}
     # JSON has no NaN: a metric that is not defined on these predictions is null.
     metrics = {key: value if value == value else None for key, value in quality.metrics.items()}
     if as_json:
         print(json.dumps({**facts, "max_length": length, "metrics": metrics}, indent=2, allow_nan=False))
         return
-    table = Table(
-        title=escape(f"{directory} on {chosen.name} ({chosen.evaluation_split}, {quality.examples})")
-    )
+    table = Table(title=escape(f"{directory} on {chosen.name} ({chosen.evaluation_split}, {quality.examples})"))
     table.add_column("metric")
     table.add_column("value", justify="right")
     for key, value in metrics.items():
@@ -220,9 +216,7 @@ def _require_checkpoint(directory: Path) -> None:
         raise CheckpointError(f"{directory}: no such folder", hint="Give the folder that a run has written.")
     if not (directory / "config.json").is_file():
         message = f"{directory}: holds no config.json, so it is no checkpoint"
-        raise CheckpointError(
-            message, hint="Give the folder that a run has written, such as runs/quickstart."
-        )
+        raise CheckpointError(message, hint="Give the folder that a run has written, such as runs/quickstart.")
 
 
 def _recorded(directory: Path) -> dict[str, Any]:

@@ -7,28 +7,37 @@ again, and one that was cut off goes on from its last whole training checkpoint.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import os
 import shutil
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hfcompress.errors import DataError, RunFolderError
+from hfcompress.errors import DataError
 from hfcompress.evaluation.cost import Speed, measure_speed
 from hfcompress.evaluation.quality import evaluate_quality
 from hfcompress.evaluation.report import Report, Row, describe_environment, retention
 from hfcompress.methods.registry import Batch, Context, method_of
-from hfcompress.methods.resuming import digest
 from hfcompress.modeling.checkpoint import replace_directory, save
 from hfcompress.modeling.measure import count_parameters, weight_bytes
 from hfcompress.recipe import Recipe, Step
 from hfcompress.recipe.schema import is_local
+from hfcompress.run_folder import (
+    RECORD,
+    REPORT,
+    fingerprint,
+    key_of,
+    locked,
+    prepare,
+    read_json,
+    read_record,
+    refuse_foreign,
+    rows_digest,
+    write_json,
+)
 from hfcompress.tasks import Task, align_labels, fetch_model, get_task, is_demo_model, load_data, preprocess
 
 if TYPE_CHECKING:
@@ -36,9 +45,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
-
-REPORT = "report.json"
-RECORD = "step.json"
 
 
 def run(recipe: Recipe, output: Path, quiet: bool = False) -> Report:
@@ -57,9 +63,9 @@ def run(recipe: Recipe, output: Path, quiet: bool = False) -> Report:
         HFCompressError: Model, data or a step is not right; steps that were done stay done.
     """
     output = Path(output)
-    _refuse_foreign(output)
+    refuse_foreign(output)
     work = output.with_name(f"{output.name}.work")
-    with _locked(work):
+    with locked(work):
         bench = _Bench(recipe, work, quiet)
         done = bench.run_steps()
         report = bench.report(done)
@@ -73,16 +79,14 @@ def run(recipe: Recipe, output: Path, quiet: bool = False) -> Report:
 
 @dataclass(frozen=True)
 class _Done:
-    """A finished step: where it is, and what its record says."""
+    """A model of the run that is saved and measured: the original, or what a step made."""
 
-    step: Step
+    name: str
+    methods: tuple[str, ...]
+    checkpoint: Path
     folder: Path
     key: str
     record: dict[str, Any]
-
-    @property
-    def checkpoint(self) -> Path:
-        return self.folder / "checkpoint"
 
 
 class _Bench:
@@ -100,65 +104,80 @@ class _Bench:
             split: preprocess(self.data[split], self.task, self.tokenizer, max_length=recipe.max_length, label2id=None)
             for split in ("train", self.task.evaluation_split)
         }
-        self.start = _key(
-            {"model": _fingerprint(self.base), "task": self.task.name, "seed": recipe.seed},
-            {split: _rows_digest(rows) for split, rows in self.rows.items()},
+        self.start = key_of(
+            {"model": fingerprint(self.base), "task": self.task.name, "seed": recipe.seed},
+            {split: rows_digest(rows) for split, rows in self.rows.items()},
         )
 
     # Steps
 
     def run_steps(self) -> list[_Done]:
-        done: list[_Done] = []
-        for index, step in enumerate(self.recipe.steps, start=1):
+        """Does what is not done yet; the first model returned is the one that all others are compared with."""
+        steps = self.recipe.steps
+        begins_with_fine_tuning = steps[0].training is not None and not steps[0].methods
+        done = [] if begins_with_fine_tuning else [self._original()]
+        for index, step in enumerate(steps, start=1):
             folder = self.work / f"{index}-{step.name}"
             before = done[-1] if done else None
-            key = _key(before.key if before else self.start, step.to_dict())
-            record = _read_record(folder, key)
+            key = key_of(before.key if before else self.start, step.to_dict())
+            record = read_record(folder, key)
+            state = "done already" if record else "starting"
+            logger.info("step %d of %d: %s (%s)", index, len(steps), step.name, state)
             if record is None:
-                logger.info("step %d of %d: %s", index, len(self.recipe.steps), step.name)
                 record = self._do(step, folder, key, before, teacher=done[0] if done else None)
-            else:
-                logger.info("step %d of %d: %s is done already", index, len(self.recipe.steps), step.name)
-            done.append(_Done(step, folder, key, record))
+            names = tuple(method_of(config).name for config in step.methods)
+            done.append(_Done(step.name, names, folder / "checkpoint", folder, key, record))
         return done
+
+    def _original(self) -> _Done:
+        """Measures the base model, which a recipe without leading fine-tuning starts from."""
+        folder = self.work / "0-original"
+        record = read_record(folder, self.start, checkpoint=self.base)
+        if record is None:
+            self._with_head()  # says so where there is no head to measure
+            prepare(folder, self.start)
+            record = self._measure(self.base) | {"key": self.start, "seconds": 0.0, "findings": {}}
+            write_json(folder / RECORD, record)
+        return _Done("original", (), self.base, folder, self.start, record)
 
     def _do(self, step: Step, folder: Path, key: str, before: _Done | None, teacher: _Done | None) -> dict[str, Any]:
         from transformers import set_seed
 
-        _prepare(folder, key)
+        prepare(folder, key)
         set_seed(self.recipe.seed)
         started = time.monotonic()
         model = self._load(before)
         if step.training is None:
             findings = self._at_once(model, step)
         else:
-            findings = self._in_training(model, step, folder / "training", teacher or before)
-        seconds = time.monotonic() - started
+            findings = self._in_training(model, step, folder / "training", teacher)
+        seconds = round(time.monotonic() - started, 1)
         checkpoint = folder / "checkpoint"
         save(model, checkpoint, tokenizer=self.tokenizer)
         shutil.rmtree(folder / "training", ignore_errors=True)
         del model
-        judged = self._load_from(checkpoint)  # what a user would load, not what is left in memory
+        record = self._measure(checkpoint) | {"key": key, "seconds": seconds, "findings": findings}
+        write_json(folder / RECORD, record)
+        return record
+
+    def _measure(self, checkpoint: Path) -> dict[str, Any]:
+        """Judges what a user would load, never what is left in memory."""
+        model = self._load_from(checkpoint)
         quality = evaluate_quality(
-            judged,
-            self._labelled(judged, self.task.evaluation_split),
+            model,
+            self._labelled(model, self.task.evaluation_split),
             self.task,
             self.tokenizer,
             batch_size=self.recipe.evaluation.batch_size,
             progress=not self.quiet,
         )
-        record = {
-            "key": key,
+        return {
             "metrics": quality.metrics,
             "examples": quality.examples,
-            "parameters": count_parameters(judged),
+            "parameters": count_parameters(model),
             "bytes": weight_bytes(checkpoint),
-            "seconds": round(seconds, 1),
-            "findings": findings,
-            "files": {file.name: digest(file) for file in sorted(checkpoint.iterdir())},
+            "files": fingerprint(checkpoint),
         }
-        _write_json(folder / RECORD, record)
-        return record
 
     def _at_once(self, model: PreTrainedModel, step: Step) -> dict[str, Any]:
         batches = list(self._calibration(model, step.calibration))
@@ -263,8 +282,8 @@ class _Bench:
         speeds = self._speeds(done)
         rows = tuple(
             Row(
-                name=each.step.name,
-                methods=tuple(method_of(config).name for config in each.step.methods),
+                name=each.name,
+                methods=each.methods,
                 metrics=each.record["metrics"],
                 retention=retention(each.record["metrics"][primary], original["metrics"][primary]),
                 parameters=each.record["parameters"],
@@ -277,9 +296,9 @@ class _Bench:
         )
         return Report(
             name=self.recipe.name,
-            base_model=self.recipe.model,
+            base_model=_without_folders(self.recipe.model),
             task=self.task.name,
-            recipe=self.recipe.to_dict(),
+            recipe=self._published_recipe(),
             environment=describe_environment(),
             split=self.task.evaluation_split,
             examples=original["examples"],
@@ -287,6 +306,13 @@ class _Bench:
             seed=self.recipe.seed,
             rows=rows,
         )
+
+    def _published_recipe(self) -> dict[str, Any]:
+        """Returns the recipe without the folders of this machine."""
+        values = self.recipe.to_dict()
+        for field in {"model", "data"} & set(values):
+            values[field] = _without_folders(values[field], always=field == "data")
+        return values
 
     def _speeds(self, done: Sequence[_Done]) -> list[Speed | None]:
         """Times each step's model beside the original; kept with the step, since it is a measurement."""
@@ -297,12 +323,12 @@ class _Bench:
         speeds: list[Speed | None] = [None]
         for each in done[1:]:
             file = each.folder / "speed.json"
-            key = _key(each.key, asked.model_dump(), describe_environment())
-            known = _read_json(file)
+            key = key_of(each.key, asked.model_dump(), describe_environment())
+            known = read_json(file)
             if known and known["key"] == key:
                 speeds.append(Speed(**known["speed"]))
                 continue
-            logger.info("timing %s", each.step.name)
+            logger.info("timing %s", each.name)
             original = original or self._load_from(done[0].checkpoint)
             vocabulary = original.config.vocab_size
             ids = torch.randint(
@@ -313,55 +339,9 @@ class _Bench:
             )
             inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
             speed = measure_speed(original, self._load_from(each.checkpoint), inputs, repeats=asked.speed_repeats)
-            _write_json(file, {"key": key, "speed": asdict(speed)})
+            write_json(file, {"key": key, "speed": asdict(speed)})
             speeds.append(speed)
         return speeds
-
-
-# Folders
-
-
-def _refuse_foreign(output: Path) -> None:
-    if output.exists() and (not output.is_dir() or (any(output.iterdir()) and not (output / REPORT).is_file())):
-        raise RunFolderError(
-            f"{output} holds something that no run wrote", hint="Choose another folder with --output, or empty it."
-        )
-
-
-@contextmanager
-def _locked(work: Path) -> Iterator[None]:
-    from filelock import FileLock, Timeout
-
-    work.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(work / ".lock", timeout=0):
-            yield
-    except Timeout:
-        raise RunFolderError(
-            f"another run is using {work}", hint="Wait for it, or choose another folder with --output."
-        ) from None
-
-
-def _prepare(folder: Path, key: str) -> None:
-    """Makes a step's folder; what a run of the same inputs left there is kept, all else goes."""
-    intended = folder / "intended.json"
-    if _read_json(intended) != {"key": key}:
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        _write_json(intended, {"key": key})
-
-
-def _read_record(folder: Path, key: str) -> dict[str, Any] | None:
-    """Returns a step's record where the step was done for these inputs and its files are as they were."""
-    record = _read_json(folder / RECORD)
-    if not record or record.get("key") != key:
-        return None
-    checkpoint = folder / "checkpoint"
-    whole = all(
-        (checkpoint / name).is_file() and digest(checkpoint / name) == expected
-        for name, expected in record["files"].items()
-    )
-    return record if whole else None
 
 
 def _publish(checkpoint: Path, report: Report, output: Path) -> None:
@@ -388,13 +368,6 @@ def _link_or_copy(source: str, target: str) -> str:
     return target
 
 
-# Keys: what a step's result depends on
-
-
-def _key(*parts: Any) -> str:
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-
-
 def _find_model(name: str, *, progress: bool) -> Path:
     if is_demo_model(name):
         return fetch_model(name, progress=progress)
@@ -408,28 +381,5 @@ def _find_model(name: str, *, progress: bool) -> Path:
     return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model"]))
 
 
-def _fingerprint(checkpoint: Path) -> dict[str, str]:
-    kinds: tuple[str, ...] = ("*.safetensors", "*.json", "*.txt", "*.model")
-    return {file.name: digest(file) for kind in kinds for file in sorted(checkpoint.glob(kind))}
-
-
-def _rows_digest(rows: Dataset) -> str:
-    hasher = hashlib.sha256()
-    for start in range(0, len(rows), 1000):
-        hasher.update(json.dumps(rows[start : start + 1000], sort_keys=True).encode())
-    return hasher.hexdigest()
-
-
-def _read_json(file: Path) -> Any:
-    try:
-        return json.loads(file.read_text())
-    except (OSError, ValueError):
-        return None
-
-
-def _write_json(file: Path, value: Any) -> None:
-    partial = file.with_name(f".{file.name}.partial")
-    partial.write_text(json.dumps(value, indent=2))
-    os.replace(partial, file)
-
-
+def _without_folders(name: str, *, always: bool = False) -> str:
+    return f"./{Path(name).name}" if always or is_local(name) else name

@@ -47,9 +47,7 @@ class Repo:
     commits: list[Commit] = field(default_factory=list)
     refs: dict[str, str] = field(default_factory=dict)
 
-    def commit(
-        self, files: dict[str, bytes], message: str, ref: str = "main", parent: str | None = None
-    ) -> Commit:
+    def commit(self, files: dict[str, bytes], message: str, ref: str = "main", parent: str | None = None) -> Commit:
         oid = hashlib.sha1(repr((len(self.commits), message, sorted(files))).encode()).hexdigest()
         self.commits.append(Commit(oid, parent, message, files))
         self.refs[ref] = oid
@@ -121,28 +119,20 @@ class LoopbackHub:
     def fail(self, endpoint: str, status: int, times: int = 1, *, late: bool = False, **headers: str) -> None:
         """Makes the next `times` calls of an endpoint fail; `late` ones do their work before."""
         assert endpoint in {name for name, *_ in ROUTES}, endpoint
-        self._faults[endpoint] = Fault(
-            status, times, late, {k.replace("_", "-"): v for k, v in headers.items()}
-        )
+        self._faults[endpoint] = Fault(status, times, late, {k.replace("_", "-"): v for k, v in headers.items()})
 
     def run(self, code: str, home: Path, *, token: str | None = TOKEN) -> subprocess.CompletedProcess[str]:
         """Runs Python code in a new process for which this is the Hub, logged in with `token`."""
-        env = {
-            key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING_FACE_"))
-        }
+        env = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING_FACE_"))}
         env |= {"HF_ENDPOINT": self.url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"}
         env |= {"HF_HUB_DISABLE_TELEMETRY": "1", "OMP_NUM_THREADS": "1", "NO_PROXY": "127.0.0.1"}
         env |= {"HF_TOKEN": token} if token else {}
-        return subprocess.run(
-            [sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120
-        )
+        return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120)
 
     @contextmanager
     def serving(self) -> Iterator[LoopbackHub]:
         """Listens until the block ends."""
-        thread = threading.Thread(
-            target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True
-        )
+        thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
         thread.start()
         try:
             yield self
@@ -181,9 +171,7 @@ class LoopbackHub:
     ) -> Answer:
         groups = {key: unquote(value) for key, value in match.groupdict().items() if value is not None}
         repo, trusted = groups.get("repo"), authorization == f"Bearer {TOKEN}"
-        if not trusted and (
-            authorization or name in WRITING or (repo in self.repos and self.repos[repo].private)
-        ):
+        if not trusted and (authorization or name in WRITING or (repo in self.repos and self.repos[repo].private)):
             return Answer(b'{"error": "Invalid username or password."}', 401)
         if repo is not None and repo not in self.repos:
             return missing("RepoNotFound")

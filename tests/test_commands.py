@@ -29,13 +29,9 @@ steps:
 """
 
 
-def hfcompress(
-    *arguments: str | Path, before: str = "", cwd: Path = ROOT
-) -> subprocess.CompletedProcess[str]:
+def hfcompress(*arguments: str | Path, before: str = "", cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
     """Runs the command line as a process of its own; `before` is Python that runs first."""
-    return subprocess.run(
-        command(before, *arguments), capture_output=True, text=True, cwd=cwd, env=environment()
-    )
+    return subprocess.run(command(before, *arguments), capture_output=True, text=True, cwd=cwd, env=environment())
 
 
 def invoke(*arguments: str | Path) -> Any:
@@ -101,9 +97,7 @@ def test_a_wrong_usage_is_2(arguments: list[str]) -> None:
     assert "Usage:" in done.stderr and "Traceback" not in done.stderr
 
 
-def test_plan_shows_the_steps_and_runs_nothing(
-    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_plan_shows_the_steps_and_runs_nothing(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     done = invoke("run", recipe, "--plan", "--set", "steps.low_rank.keep=0.4")
     assert done.exit_code == 0, done.stderr

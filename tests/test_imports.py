@@ -105,9 +105,7 @@ def test_publishing_reads_reports_and_does_not_run_anything() -> None:
 
 
 def registers_a_method(path: Path) -> bool:
-    calls = (
-        node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Call)
-    )
+    calls = (node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Call))
     return any(isinstance(call.func, ast.Name) and call.func.id == "register" for call in calls)
 
 
@@ -127,9 +125,7 @@ def test_nothing_beside_a_method_imports_it(path: Path) -> None:
     assert not (reached - {path.stem}) & METHODS
 
 
-@pytest.mark.parametrize(
-    "path", [ROOT / "hfcompress_cli.py", PACKAGE / "commands.py"], ids=lambda path: path.stem
-)
+@pytest.mark.parametrize("path", [ROOT / "hfcompress_cli.py", PACKAGE / "commands.py"], ids=lambda path: path.stem)
 def test_the_command_line_is_light(path: Path) -> None:
     assert not {name.split(".")[0] for name in imported(path, top_level_only=True)} & HEAVY
 
@@ -142,8 +138,6 @@ def test_the_entry_module_imports_the_package_in_bodies_only() -> None:
 def test_a_wrong_direction_would_be_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     house = tmp_path / "hfcompress"
     (house / "tasks").mkdir(parents=True)
-    (house / "tasks" / "odd.py").write_text(
-        "def f():\n    from hfcompress import pipeline\n    return pipeline\n"
-    )
+    (house / "tasks" / "odd.py").write_text("def f():\n    from hfcompress import pipeline\n    return pipeline\n")
     monkeypatch.setitem(globals(), "PACKAGE", house)
     assert wrong_directions(house / "tasks" / "odd.py") == ["tasks (odd.py) imports pipeline"]

@@ -124,9 +124,7 @@ def test_what_yaml_1_1_would_turn_into_something_else_stays_text(text: str) -> N
 
 @pytest.mark.parametrize("text", ["yes", "on", "'true'", "1"])
 def test_only_true_and_false_are_booleans(text: str) -> None:
-    assert "push.private: should be a valid boolean" in error_of(
-        with_line("private: true", f"private: {text}")
-    )
+    assert "push.private: should be a valid boolean" in error_of(with_line("private: true", f"private: {text}"))
 
 
 def test_true_is_no_number() -> None:
@@ -193,9 +191,7 @@ TYPO_CASES = [(part, *pair.split(":")) for part, pairs in TYPOS.items() for pair
 @pytest.mark.parametrize(("part", "typo", "right"), TYPO_CASES)
 def test_a_typo_gets_the_nearest_right_name(part: str, typo: str, right: str) -> None:
     text = PARTS[part].replace("KEY", typo) or f"{typo}: 1\n"
-    assert re.search(
-        rf"{typo}: unknown field; did you mean '{right}'\? allowed: .*\b{right}\b", error_of(text)
-    )
+    assert re.search(rf"{typo}: unknown field; did you mean '{right}'\? allowed: .*\b{right}\b", error_of(text))
 
 
 def test_there_are_enough_typos() -> None:
@@ -353,9 +349,7 @@ def test_an_override_can_mend_what_the_file_has_wrong() -> None:
 
 
 def test_an_override_can_add_a_part_that_was_left_out() -> None:
-    recipe = parse_recipe(
-        HEAD + "  - low_rank:\n", "r.yaml", ["push.repo=org/name", "steps.low_rank.keep=0.3"]
-    )
+    recipe = parse_recipe(HEAD + "  - low_rank:\n", "r.yaml", ["push.repo=org/name", "steps.low_rank.keep=0.3"])
     assert recipe.push is not None and recipe.push.repo == "org/name"
     assert recipe.to_dict()["steps"][0]["low_rank"]["keep"] == 0.3
 

@@ -123,9 +123,7 @@ def _ratio_of_medians(times: np.ndarray, *, seed: int = 0) -> tuple[float, float
 
 def _to_device(inputs: Mapping[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
     parameter = next(model.parameters(), None)
-    return {
-        name: tensor if parameter is None else tensor.to(parameter.device) for name, tensor in inputs.items()
-    }
+    return {name: tensor if parameter is None else tensor.to(parameter.device) for name, tensor in inputs.items()}
 
 
 def _wrong(field: str, message: str) -> ConfigError:

@@ -16,9 +16,7 @@ from hfcompress.errors import DataError
 from hfcompress.evaluation.metrics import score
 from hfcompress.tasks import catalog
 
-CONFIGS = {
-    task.dataset_config: task for task in catalog.TASKS.values() if task.dataset == catalog.GLUE_DATASET
-}
+CONFIGS = {task.dataset_config: task for task in catalog.TASKS.values() if task.dataset == catalog.GLUE_DATASET}
 
 _CITATION = """\
 @inproceedings{wang2019glue,

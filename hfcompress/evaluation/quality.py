@@ -78,9 +78,7 @@ def evaluate_quality(
     ids = align_labels(task, cast("Mapping[str, int]", model.config.label2id))
     outputs = 1 if task.kind == "regression" else len(task.labels)
     if model.config.num_labels != outputs:
-        raise DataError(
-            f"task '{task.name}' needs {outputs} outputs; the model has {model.config.num_labels}"
-        )
+        raise DataError(f"task '{task.name}' needs {outputs} outputs; the model has {model.config.num_labels}")
     logits = _predict(model, dataset, tokenizer, batch_size=batch_size, progress=progress)
     references = list(dataset["labels"])
     if task.kind == "regression":

@@ -109,9 +109,7 @@ class Report:
             json.loads(text, parse_constant=_refuse_constant)
             return TypeAdapter(cls).validate_json(text)
         except ValidationError as error:
-            lines = "".join(
-                f"\n  {'.'.join(map(str, detail['loc']))}: {detail['msg']}" for detail in error.errors()
-            )
+            lines = "".join(f"\n  {'.'.join(map(str, detail['loc']))}: {detail['msg']}" for detail in error.errors())
             raise CheckpointError(f"the report is not valid:{lines}") from None
         except (ValueError, RecursionError) as error:
             raise CheckpointError(f"the report is not valid JSON: {error}") from None

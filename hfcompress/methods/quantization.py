@@ -85,11 +85,7 @@ def _kinds(model: PreTrainedModel, config: QuantizationConfig) -> dict[str, Kind
         by_role = modules_by_role(model)
         paths = [path for role in ROLE_GROUPS[group] for path in by_role[role]]
         # A low-rank layer is its two factors.
-        kinds |= {
-            name: kind
-            for name in linears
-            if any(name == path or name.startswith(f"{path}.") for path in paths)
-        }
+        kinds |= {name: kind for name in linears if any(name == path or name.startswith(f"{path}.") for path in paths)}
     return kinds
 
 
@@ -112,7 +108,9 @@ def _tables(model: PreTrainedModel, config: QuantizationConfig) -> dict[str, tup
         width = table.embedding_dim
         group_size = config.embedding_group_size or (width if bits == 8 or width % 32 else 32)
         if width % group_size or (bits == 4 and width % 2):
-            raise CompressionError(f"embedding_group_size must divide {width}, the width of {path}, not be {group_size}")
+            raise CompressionError(
+                f"embedding_group_size must divide {width}, the width of {path}, not be {group_size}"
+            )
         tables[path] = (bits, group_size)
     return tables
 

@@ -20,7 +20,12 @@ from hfcompress.errors import CompressionError
 from hfcompress.methods.calibration import run_batches
 from hfcompress.methods.registry import Context, Method, register
 from hfcompress.methods.training import Part
-from hfcompress.modeling.anatomy import AttentionBlock, FeedForwardBlock, attention_blocks, feed_forward_blocks
+from hfcompress.modeling.anatomy import (
+    AttentionBlock,
+    FeedForwardBlock,
+    attention_blocks,
+    feed_forward_blocks,
+)
 from hfcompress.modeling.checkpoint import commit
 from hfcompress.modeling.layers.bitsandbytes import kind_of
 from hfcompress.modeling.layers.low_rank import LowRankLinear
@@ -102,9 +107,7 @@ def select(scores: Sequence[torch.Tensor], removed: float, multiple_of: int = 1)
             break
         kept_blocks[index] += 1
         kept += size
-    return [
-        order[: count * multiple_of].sort().values for order, count in zip(ranked, kept_blocks, strict=True)
-    ]
+    return [order[: count * multiple_of].sort().values for order, count in zip(ranked, kept_blocks, strict=True)]
 
 
 # Units of a live model
@@ -184,9 +187,7 @@ def _shrink(model: PreTrainedModel, kept: Mapping[str, Sequence[torch.Tensor]], 
 # At once
 
 
-def _scores(
-    model: PreTrainedModel, units: Sequence[_Units], importance: str, context: Context
-) -> list[torch.Tensor]:
+def _scores(model: PreTrainedModel, units: Sequence[_Units], importance: str, context: Context) -> list[torch.Tensor]:
     if importance == "magnitude":
         return [each.fold(each.weight_and_gradient()[0].float().square().sum(0)) for each in units]
     totals = [torch.zeros(each.count) for each in units]
@@ -221,9 +222,7 @@ def _scores(
     return totals
 
 
-def structured_pruning(
-    model: PreTrainedModel, config: StructuredPruningConfig, context: Context
-) -> dict[str, Any]:
+def structured_pruning(model: PreTrainedModel, config: StructuredPruningConfig, context: Context) -> dict[str, Any]:
     """Removes heads and neurons at once, in place.
 
     Args:

@@ -20,7 +20,12 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from hfcompress.configuration import Config
 from hfcompress.errors import CheckpointError, TrainingError
 from hfcompress.methods.registry import Context, method_of, methods
-from hfcompress.methods.resuming import last_whole_checkpoint, require_same_shape, require_whole, write_manifest
+from hfcompress.methods.resuming import (
+    last_whole_checkpoint,
+    require_same_shape,
+    require_whole,
+    write_manifest,
+)
 from hfcompress.methods.training import Part
 from hfcompress.modeling.checkpoint import replace_directory
 

@@ -139,9 +139,7 @@ def _walk(directory: Path) -> list[tuple[str, Path]]:
     for folder in _FOLDERS:
         base = directory / folder
         if base.is_dir():
-            found += [
-                (path.relative_to(directory).as_posix(), path) for path in base.iterdir() if not path.is_dir()
-            ]
+            found += [(path.relative_to(directory).as_posix(), path) for path in base.iterdir() if not path.is_dir()]
     return found
 
 
@@ -150,9 +148,7 @@ def _refuse_outsider(name: str, path: Path, directory: Path) -> None:
     target, home = path.resolve(), directory.resolve()
     blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else None
     if not target.is_relative_to(home) and target.parent != blobs:
-        raise CheckpointError(
-            f"{name} is a link that leaves {directory}", hint="put a copy of the file in its place"
-        )
+        raise CheckpointError(f"{name} is a link that leaves {directory}", hint="put a copy of the file in its place")
     if not target.exists() or not stat.S_ISREG(target.stat().st_mode):
         raise CheckpointError(f"{name} is no regular file")
 

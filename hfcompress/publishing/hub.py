@@ -163,9 +163,7 @@ class Upload:
             raise HubError(f"the Hub names no commit of {self.repo_id}")
         return sha
 
-    def _operations(
-        self, contents: Sequence[Content], head: str
-    ) -> list[CommitOperationAdd | CommitOperationDelete]:
+    def _operations(self, contents: Sequence[Content], head: str) -> list[CommitOperationAdd | CommitOperationDelete]:
         from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
         there = self._files(head)

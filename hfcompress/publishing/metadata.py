@@ -55,11 +55,7 @@ class Source:
 
 
 DEMO_MODELS: Mapping[str, Source] = MappingProxyType(
-    {
-        "demo/minilm-l6": Source(
-            hub_id="sentence-transformers/all-MiniLM-L6-v2", license=License(id="apache-2.0")
-        )
-    }
+    {"demo/minilm-l6": Source(hub_id="sentence-transformers/all-MiniLM-L6-v2", license=License(id="apache-2.0"))}
 )
 
 
@@ -128,9 +124,7 @@ def header(report: Report, license: License | None) -> str:
         tags=["hfcompress", *dict.fromkeys(_TAGS[name] for name in methods if name in _TAGS)],
         base_model_relation=("quantized" if quantized else "finetune") if base else None,
     )
-    values = {
-        key: value for key, value in data.to_dict().items() if key != "model_name" and value is not None
-    }
+    values = {key: value for key, value in data.to_dict().items() if key != "model_name" and value is not None}
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True).rstrip()
 
 

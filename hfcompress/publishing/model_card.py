@@ -284,9 +284,7 @@ def _read_config(directory: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise CheckpointError(
-            f"{path} cannot be read: {error.strerror}", hint="give a checkpoint folder"
-        ) from error
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}", hint="give a checkpoint folder") from error
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is no JSON: {error}") from error
     if not isinstance(config, dict):

@@ -23,9 +23,7 @@ def describe_fields(config: type[Config]) -> list[dict[str, Any]]:
             "name": name,
             "type": _type_name(info.annotation),
             "required": info.is_required(),
-            "default": None
-            if info.is_required()
-            else to_jsonable_python(info.get_default(call_default_factory=True)),
+            "default": None if info.is_required() else to_jsonable_python(info.get_default(call_default_factory=True)),
             "allowed": _allowed(info),
             "description": info.description or told.get(name, ""),
         }

@@ -125,9 +125,7 @@ class _Builder:
         """Builds a part; a part without fields (`low_rank:`) takes every default."""
         values = {} if values is None else values
         if not isinstance(values, dict):
-            self.document.complain(
-                path, f"should hold fields ({', '.join(cls.model_fields)}), not {values!r}"
-            )
+            self.document.complain(path, f"should hold fields ({', '.join(cls.model_fields)}), not {values!r}")
             return None
         try:
             return cls(**values)

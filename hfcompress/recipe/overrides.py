@@ -58,9 +58,7 @@ def _resolve(values: Any, keys: tuple[str, ...], methods: Collection[str]) -> Ke
     named, rest = keys[1], keys[2:]
     called = [index for index, step in enumerate(steps) if step_name(step, methods) == named]
     holding = [
-        index
-        for index, step in enumerate(steps)
-        if named in methods and isinstance(step, Mapping) and named in step
+        index for index, step in enumerate(steps) if named in methods and isinstance(step, Mapping) and named in step
     ]
     of_step = bool(rest) and (rest[0] in STEP_FIELDS or rest[0] in methods)
     if len(called) == 1 and (of_step or not holding):
@@ -69,9 +67,7 @@ def _resolve(values: Any, keys: tuple[str, ...], methods: Collection[str]) -> Ke
         return ("steps", holding[0], named, *rest)
     if holding or called:
         names = ", ".join(step_name(steps[index], methods) for index in holding or called)
-        raise _NoSuchPlaceError(
-            f"{len(holding or called)} steps answer to '{named}' ({names}); give each a name"
-        )
+        raise _NoSuchPlaceError(f"{len(holding or called)} steps answer to '{named}' ({names}); give each a name")
     known = {step_name(step, methods) for step in steps} | {
         key for step in steps if isinstance(step, Mapping) for key in step if key in methods
     }

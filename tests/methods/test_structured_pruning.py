@@ -82,7 +82,11 @@ def test_every_layer_keeps_a_head_and_a_block_of_neurons() -> None:
 
 def test_a_low_rank_layer_is_pruned_like_a_whole_one() -> None:
     data = batches(2)
-    model = compress(tiny_classifier(), [LowRankConfig(keep=0.6), StructuredPruningConfig(heads=0.5, neurons=0.5)], calibration=data)
+    model = compress(
+        tiny_classifier(),
+        [LowRankConfig(keep=0.6), StructuredPruningConfig(heads=0.5, neurons=0.5)],
+        calibration=data,
+    )
     assert sum(block.heads for block in attention_blocks(model)) == 4
     assert torch.isfinite(logits(model, data[0])).all()
 
@@ -129,7 +133,8 @@ def test_a_quantized_model_is_refused_and_left_alone() -> None:
 
 
 @pytest.mark.parametrize(
-    "values", [{}, {"heads": 1.0}, {"heads": -0.1}, {"heads": 0.5, "begin": 0.7}, {"neurons": "0.5"}, {"heads": True}]
+    "values",
+    [{}, {"heads": 1.0}, {"heads": -0.1}, {"heads": 0.5, "begin": 0.7}, {"neurons": "0.5"}, {"heads": True}],
 )
 def test_bad_fields_are_refused(values: dict) -> None:
     with pytest.raises(ConfigError):

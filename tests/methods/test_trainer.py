@@ -157,7 +157,12 @@ def test_accumulating_four_times_four_is_one_batch_of_sixteen(tmp_path: Path, cl
 
 def test_the_best_checkpoint_counts_only_at_the_final_sparsity(tmp_path: Path) -> None:
     trainer = make(
-        tmp_path / "run", eval_strategy="steps", eval_steps=2, save_steps=2, load_best_model_at_end=True, save_total_limit=1
+        tmp_path / "run",
+        eval_strategy="steps",
+        eval_steps=2,
+        save_steps=2,
+        load_best_model_at_end=True,
+        save_total_limit=1,
     )
     trainer.train()
     assert trainer.state.best_global_step >= 7  # 60% of 12 steps
@@ -192,11 +197,15 @@ def test_without_parts_it_trains_like_any_trainer(tmp_path: Path) -> None:
     from transformers import Trainer
 
     def train(cls: type) -> dict[str, torch.Tensor]:
-        trainer = make(tmp_path / cls.__name__, CompressionTrainer, save_strategy="no") if cls is CompressionTrainer else Trainer(
-            tiny_classifier(0, hidden_dropout_prob=0.1),
-            arguments(tmp_path / "plain", save_strategy="no"),
-            train_dataset=rows(),
-            data_collator=DataCollatorWithPadding(tiny_tokenizer()),
+        trainer = (
+            make(tmp_path / cls.__name__, CompressionTrainer, save_strategy="no")
+            if cls is CompressionTrainer
+            else Trainer(
+                tiny_classifier(0, hidden_dropout_prob=0.1),
+                arguments(tmp_path / "plain", save_strategy="no"),
+                train_dataset=rows(),
+                data_collator=DataCollatorWithPadding(tiny_tokenizer()),
+            )
         )
         trainer.train()
         return {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}

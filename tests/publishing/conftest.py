@@ -73,9 +73,7 @@ def report() -> Report:
             repeats=20,
         )
 
-    def row(
-        name: str, methods: tuple[str, ...], accuracy: float, size: int, timed: Speed | None, **more: Any
-    ) -> Row:
+    def row(name: str, methods: tuple[str, ...], accuracy: float, size: int, timed: Speed | None, **more: Any) -> Row:
         return Row(
             name=name,
             methods=methods,

@@ -175,9 +175,7 @@ def test_a_secret_across_chunks_is_found(
 
 
 @given(data=st.binary(max_size=2000), chunk=st.integers(1, 900))
-def test_chunks_find_no_more_than_the_whole(
-    tmp_path_factory: pytest.TempPathFactory, data: bytes, chunk: int
-) -> None:
+def test_chunks_find_no_more_than_the_whole(tmp_path_factory: pytest.TempPathFactory, data: bytes, chunk: int) -> None:
     path = tmp_path_factory.getbasetemp() / "plain.bin"
     path.write_bytes(data)
     assert find_secret(data) is None

@@ -63,9 +63,7 @@ def test_pushed_then_loaded_gives_the_same_logits(
     assert set(repo.head.files) == wanted | {".gitattributes"}
     assert all(repo.head.files[name] == (checkpoint / name).read_bytes() for name in wanted)
     model = AutoModelForSequenceClassification.from_pretrained(checkpoint)
-    batch = AutoTokenizer.from_pretrained(checkpoint)(
-        ["a good film", "dully bad"], padding=True, return_tensors="pt"
-    )
+    batch = AutoTokenizer.from_pretrained(checkpoint)(["a good film", "dully bad"], padding=True, return_tensors="pt")
     with torch.no_grad():
         assert model(**batch).logits.tolist() == logits
 
@@ -132,9 +130,7 @@ def test_refusals_are_not_tried_again(hub: LoopbackHub, checkpoint: Path, status
 
 @pytest.mark.parametrize("status", SERVER_ERRORS)
 @pytest.mark.parametrize("endpoint", ["create", "info", "commit"])
-def test_passing_troubles_are_outlasted(
-    hub: LoopbackHub, checkpoint: Path, endpoint: str, status: int
-) -> None:
+def test_passing_troubles_are_outlasted(hub: LoopbackHub, checkpoint: Path, endpoint: str, status: int) -> None:
     hub.fail(endpoint, status, times=2)
     upload(hub).send(collect(checkpoint))
     assert set(hub.repos["org/tiny"].head.files) >= FILES
@@ -167,9 +163,7 @@ def test_the_asked_wait_is_kept(hub: LoopbackHub, checkpoint: Path, monkeypatch:
 
 
 @pytest.mark.parametrize("status", [500, 503])
-def test_a_commit_whose_answer_was_lost_is_not_made_twice(
-    hub: LoopbackHub, checkpoint: Path, status: int
-) -> None:
+def test_a_commit_whose_answer_was_lost_is_not_made_twice(hub: LoopbackHub, checkpoint: Path, status: int) -> None:
     hub.fail("commit", status, late=True)
     url = upload(hub).send(collect(checkpoint))
     assert hub.calls["commit"] == 1
@@ -220,9 +214,7 @@ def test_a_branch_is_made(hub: LoopbackHub, checkpoint: Path) -> None:
 
 def test_a_pull_request(hub: LoopbackHub, checkpoint: Path) -> None:
     repo = hub.add("else/tiny")
-    assert (
-        upload(hub, repo_id="else/tiny", create_pr=True).send(collect(checkpoint)).endswith("/discussions/1")
-    )
+    assert upload(hub, repo_id="else/tiny", create_pr=True).send(collect(checkpoint)).endswith("/discussions/1")
     assert hub.calls["create"] == 0
     request = repo.at("refs/pr/1")
     assert request is not None and set(request.files) >= FILES

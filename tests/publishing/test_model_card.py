@@ -85,9 +85,7 @@ def test_a_local_model_has_no_base_on_the_hub(report: Report) -> None:
 
 
 def test_values_are_shown_not_obeyed(report: Report) -> None:
-    rows = tuple(
-        replace(row, name=HOSTILE, methods=(HOSTILE,), metrics={HOSTILE: 0.5}) for row in report.rows
-    )
+    rows = tuple(replace(row, name=HOSTILE, methods=(HOSTILE,), metrics={HOSTILE: 0.5}) for row in report.rows)
     hostile = replace(
         report,
         name=HOSTILE,
@@ -132,9 +130,7 @@ def test_losses_are_told(report: Report) -> None:
     assert "accuracy falls from 0.9100 to 0.8750." in text
     assert "f1 falls from 0.9200 to 0.8850." in text
     assert "The step that costs most accuracy is low\\_rank: 0.0250." in text
-    assert (
-        "The step quantize made it slower: 2.40x (2.35 to 2.45) before, 1.90x (1.85 to 1.95) after." in text
-    )
+    assert "The step quantize made it slower: 2.40x (2.35 to 2.45) before, 1.90x (1.85 to 1.95) after." in text
 
 
 @pytest.mark.parametrize(
@@ -162,9 +158,7 @@ def test_nothing_lost_nothing_told(report: Report) -> None:
 
 def test_what_is_not_known_is_not_made_up(report: Report) -> None:
     last = replace(report.rows[-1], metrics={"accuracy": math.nan, "f1": 0.5}, retention=math.nan, speed=None)
-    text = card_of_report(
-        replace(report, rows=(replace(report.rows[0], speed=None), last)), quant_method=None
-    )
+    text = card_of_report(replace(report, rows=(replace(report.rows[0], speed=None), last)), quant_method=None)
     metrics = header_of(text)["model-index"][0]["results"][0]["metrics"]
     assert [metric["type"] for metric in metrics] == ["f1"]
     assert "accuracy is not defined on its answers." in text
@@ -252,9 +246,7 @@ def test_the_licence_of_a_local_base(tmp_path: Path, monkeypatch: pytest.MonkeyP
     (tmp_path / "base").mkdir()
     readme = tmp_path / "base/README.md"
     assert find_license("./base") is None
-    readme.write_text(
-        "---\nlicense: other\nlicense_name: gemma\nlicense_link: LICENSE\n---\n", encoding="utf-8"
-    )
+    readme.write_text("---\nlicense: other\nlicense_name: gemma\nlicense_link: LICENSE\n---\n", encoding="utf-8")
     assert find_license("./base") == License(id="other", name="gemma", link="LICENSE")
     for broken in ("---\nlicense: [\n---\n", "---\nlicense: [mit]\n---\n", "no header"):
         readme.write_text(broken, encoding="utf-8")

@@ -147,9 +147,7 @@ def test_an_unknown_split_is_answered_with_the_known_ones(write_split: Write) ->
 @pytest.mark.parametrize(
     "files", [("train", "train-00000-of-00001"), ("train-00000-of-00002",), ("train", "train-00000-of-00002")]
 )
-def test_a_split_that_is_there_twice_or_in_part_is_refused(
-    write_split: Write, files: tuple[str, ...]
-) -> None:
+def test_a_split_that_is_there_twice_or_in_part_is_refused(write_split: Write, files: tuple[str, ...]) -> None:
     for file in files:
         data = write_split("sst2", file, WHOLE)
     message = refusal(data)
@@ -186,9 +184,7 @@ def test_without_the_hub_a_local_folder_is_asked_for() -> None:
         "except DataError as error:\n    print(error)\n"
     )
     offline = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": "/nonexistent"}
-    result = subprocess.run(
-        [sys.executable, "-c", code], env=offline, capture_output=True, text=True, check=True
-    )
+    result = subprocess.run([sys.executable, "-c", code], env=offline, capture_output=True, text=True, check=True)
     assert "nyu-mll/glue (rte) could not be loaded from the Hub" in result.stdout
     assert "Give `data:` a local folder" in result.stdout
 

@@ -15,9 +15,7 @@ from hfcompress.tasks import demo, fetch_model, get_task, is_demo_model, load_da
 
 
 def test_ratings_become_sides_and_neutral_ones_go() -> None:
-    splits = demo.split_reviews(
-        "1\t2.0\tA joy.\r\n2\t-0.5\tA bore.\r\n3\t0.49\tA film.\r\n\r\n4\t-0.1\tHm.\r\n"
-    )
+    splits = demo.split_reviews("1\t2.0\tA joy.\r\n2\t-0.5\tA bore.\r\n3\t0.49\tA film.\r\n\r\n4\t-0.1\tHm.\r\n")
     pairs = {
         (sentence, label)
         for columns in splits.values()
@@ -45,9 +43,7 @@ def test_a_split_depends_on_the_sentence_alone() -> None:
     assert 30 < len(whole["validation"]["sentence"]) < 90
 
 
-@pytest.mark.parametrize(
-    "line", ["1\t2.0", "1\tgood\tfilm", "1\t2.0\ta\tb", "1\t9\tfilm", "1\tnan\tfilm", "1\t1\t "]
-)
+@pytest.mark.parametrize("line", ["1\t2.0", "1\tgood\tfilm", "1\t2.0\ta\tb", "1\t9\tfilm", "1\tnan\tfilm", "1\t1\t "])
 def test_a_line_that_is_no_review_is_named(line: str) -> None:
     with pytest.raises(DataError, match="line 2 of the movie reviews"):
         demo.split_reviews(f"1\t1\tfine\n{line}\n")
@@ -102,9 +98,7 @@ def test_a_model_cut_into_parts_is_joined(tmp_path: Path) -> None:
 def test_names() -> None:
     assert is_demo_model("demo/minilm-l6")
     assert not is_demo_model("google-bert/bert-base-uncased")
-    with pytest.raises(
-        DataError, match=r"did you mean 'demo/minilm-l6'\? allowed: demo/minilm-l6, demo/mpnet-base"
-    ):
+    with pytest.raises(DataError, match=r"did you mean 'demo/minilm-l6'\? allowed: demo/minilm-l6, demo/mpnet-base"):
         fetch_model("demo/minilm-6")
 
 

@@ -20,9 +20,7 @@ def make_wheel(folder: Path, name: str) -> Path:
     wheel = folder / f"{name}-1.0-py3-none-any.whl"
     with zipfile.ZipFile(wheel, "w") as archive:
         archive.writestr(f"{name}/data.txt", "data")
-        archive.writestr(
-            f"{name}-1.0.dist-info/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n"
-        )
+        archive.writestr(f"{name}-1.0.dist-info/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
         archive.writestr(f"{name}-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
         archive.writestr(f"{name}-1.0.dist-info/RECORD", "")
     return wheel
@@ -69,9 +67,7 @@ def test_another_file_under_the_name_is_thrown_away(package: Package, tmp_path: 
     assert list((tmp_path / "kept").iterdir()) == []
 
 
-def test_the_digest_is_checked_here_too(
-    package: Package, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_digest_is_checked_here_too(package: Package, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # A pip that does not check: the only way past it is a stand-in for the step that runs it.
     wheel = next((tmp_path / "index").iterdir())
     monkeypatch.setattr("hfcompress.tasks.fetching._pip_download", lambda *_, **__: wheel)
@@ -98,9 +94,7 @@ def test_an_environment_without_pip_is_told_how_to_get_it(tmp_path: Path, packag
         f"package = fetching.Package(**{vars(package)!r})\n"
         "fetching.download(package, pathlib.Path(sys.argv[1]))\n"
     )
-    result = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=False
-    )
+    result = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=False)
     assert "pip is needed to fetch hfcompress-test-package" in result.stderr
     assert "-m ensurepip" in result.stderr
 

@@ -83,9 +83,7 @@ def test_a_missing_column_is_named(tokenizer: PreTrainedTokenizerBase) -> None:
 
 @pytest.mark.parametrize("label", [-1, 2])
 def test_a_label_outside_the_task_never_becomes_another_class(tokenizer: Any, label: int) -> None:
-    with pytest.raises(
-        DataError, match=f"column 'label' holds {label}; the labels of task 'sst2' are 0 to 1"
-    ):
+    with pytest.raises(DataError, match=f"column 'label' holds {label}; the labels of task 'sst2' are 0 to 1"):
         run({"sentence": ["good"], "label": [label]}, "sst2", tokenizer)
 
 

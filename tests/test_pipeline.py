@@ -1,0 +1,216 @@
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from filelock import FileLock
+from transformers import AutoModelForSequenceClassification
+
+from hfcompress import pipeline
+from hfcompress.errors import DataError, RunFolderError
+from hfcompress.evaluation.report import Report
+from hfcompress.recipe import Recipe, load_recipe
+from tests.workshop import batches, logits, save_data, save_model
+
+RECIPE = """
+name: tiny
+model: {model}
+task: sst2
+data: {data}
+max_length: 16
+evaluation: {{batch_size: 16, speed_batch_size: 2, speed_sequence_length: 8, speed_repeats: 3}}
+steps:
+  - name: fine_tune
+    training: {{epochs: 1, learning_rate: 1e-3, batch_size: 16, precision: fp32, save_steps: 2}}
+  - name: prune
+    structured_pruning: {{heads: 0.4, neurons: 0.4, interval: 1}}
+    distillation: {{}}
+    training: {{epochs: 1, learning_rate: 1e-3, batch_size: 16, precision: fp32, save_steps: 2}}
+  - low_rank: {{keep: 0.6}}
+    calibration: 32
+  - quantization: {{weights: nf4, embeddings: int8}}
+"""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("run")
+    save_model(folder / "model", hidden_dropout_prob=0.1)
+    save_data(folder / "data")
+    text = RECIPE.format(model=folder / "model", data=folder / "data")
+    (folder / "tiny.yaml").write_text(text)
+    return folder
+
+
+def recipe(place: Path, *overrides: str) -> Recipe:
+    return load_recipe(place / "tiny.yaml", overrides)
+
+
+@pytest.fixture(scope="module")
+def finished(place: Path) -> tuple[Path, Report]:
+    output = place / "whole"
+    return output, pipeline.run(recipe(place), output, quiet=True)
+
+
+def comparable(report: Report) -> list[tuple]:
+    return [(row.name, row.metrics, row.retention, row.parameters, row.bytes) for row in report.rows]
+
+
+def test_a_run_ends_with_a_checkpoint_that_plain_transformers_loads(finished: tuple[Path, Report]) -> None:
+    output, report = finished
+    assert [row.name for row in report.rows] == ["fine_tune", "prune", "low_rank", "quantization"]
+    assert report.rows[0].retention == 1.0 and report.rows[0].speed is None
+    assert (
+        report.rows[-1].bytes < report.rows[0].bytes == (output.parent / "model" / "model.safetensors").stat().st_size
+    )
+    assert report.rows[-1].speed is not None and report.rows[-1].speed.ratio > 0
+    assert report == Report.from_json((output / "report.json").read_text())
+    model = AutoModelForSequenceClassification.from_pretrained(output)
+    assert torch.isfinite(logits(model, batches(1)[0])).all()
+    card = (output / "README.md").read_text()
+    assert "structured_pruning" in card and str(output.parent) not in card
+    assert str(output.parent) not in (output / "report.json").read_text()
+
+
+def test_a_second_run_does_no_step_again(
+    place: Path, finished: tuple[Path, Report], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output, report = finished
+    monkeypatch.setattr(pipeline._Bench, "_do", lambda *a, **k: pytest.fail("a finished step was done again"))
+    assert comparable(pipeline.run(recipe(place), output, quiet=True)) == comparable(report)
+
+
+def test_a_changed_step_is_done_again_with_all_after_it(place: Path, finished: tuple[Path, Report]) -> None:
+    output, _ = finished
+    done: list[str] = []
+    stock = pipeline._Bench._do
+
+    def spy(self, step, *args, **kwargs):
+        done.append(step.name)
+        return stock(self, step, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline._Bench, "_do", spy)
+        pipeline.run(recipe(place, "steps.low_rank.keep=0.5"), output, quiet=True)
+        assert done == ["low_rank", "quantization"]
+        done.clear()
+        pipeline.run(recipe(place), output, quiet=True)
+        assert done == ["low_rank", "quantization"]
+
+
+def test_a_damaged_step_is_done_again(place: Path, finished: tuple[Path, Report]) -> None:
+    output, report = finished
+    weights = place / "whole.work" / "2-prune" / "checkpoint" / "model.safetensors"
+    wanted = weights.read_bytes()
+    weights.unlink()
+    weights.write_bytes(wanted[:-1] + bytes([wanted[-1] ^ 1]))
+    assert comparable(pipeline.run(recipe(place), output, quiet=True)) == comparable(report)
+    assert weights.read_bytes() == wanted
+
+
+# Kills its own process before or after the Nth rename: renames are where anything becomes visible.
+KILLER = """
+import os, signal, sys
+count, after = int(sys.argv[3]), sys.argv[4] == "after"
+stock, seen = (os.replace, os.rename), [0]
+def deadly(rename):
+    def step(*args, **kwargs):
+        seen[0] += 1
+        if seen[0] == count and not after: os.kill(os.getpid(), signal.SIGKILL)
+        rename(*args, **kwargs)
+        if seen[0] == count: os.kill(os.getpid(), signal.SIGKILL)
+    return step
+from pathlib import Path
+from hfcompress import pipeline
+from hfcompress.recipe import load_recipe
+recipe = load_recipe(Path(sys.argv[1]), ())
+os.replace, os.rename = map(deadly, stock)
+pipeline.run(recipe, Path(sys.argv[2]), quiet=True)
+print("renames", seen[0])
+"""
+
+
+def killed_run(place: Path, output: Path, count: int, when: str) -> subprocess.CompletedProcess:
+    arguments = [sys.executable, "-c", KILLER, place / "tiny.yaml", output, str(count), when]
+    return subprocess.run(arguments, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+@pytest.mark.parametrize(
+    ("count", "when"),
+    [
+        (4, "before"),
+        (12, "after"),
+        *(pytest.param(n, w, marks=pytest.mark.slow) for n in range(1, 40, 2) for w in ("before", "after")),
+    ],
+)
+def test_killed_anywhere_it_finishes_with_the_same_bytes(
+    place: Path, finished: tuple[Path, Report], tmp_path: Path, count: int, when: str
+) -> None:
+    output, report = finished
+    process = killed_run(place, tmp_path / "cut", count, when)
+    if process.returncode == 0:
+        assert int(process.stdout.split()[-1]) < count
+        pytest.skip(f"the run has fewer than {count} renames")
+    assert process.returncode == -9, process.stderr
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        resumed = pipeline.run(recipe(place), tmp_path / "cut", quiet=True)
+    finally:
+        torch.set_num_threads(threads)
+    assert comparable(resumed) == comparable(report)
+    assert (tmp_path / "cut" / "model.safetensors").read_bytes() == (output / "model.safetensors").read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cut", "cut.work"]
+
+
+def test_two_runs_do_not_share_a_folder(place: Path, tmp_path: Path) -> None:
+    (tmp_path / "out.work").mkdir()
+    with FileLock(tmp_path / "out.work" / ".lock"), pytest.raises(RunFolderError, match="another run"):
+        pipeline.run(recipe(place), tmp_path / "out", quiet=True)
+
+
+def test_a_folder_of_somebody_else_is_left_alone(place: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.txt").write_text("mine")
+    with pytest.raises(RunFolderError, match="no run wrote"):
+        pipeline.run(recipe(place), tmp_path / "out", quiet=True)
+    assert (tmp_path / "out" / "thesis.txt").read_text() == "mine"
+
+
+def test_a_model_that_is_fine_tuned_already_needs_no_fine_tuning(
+    place: Path, finished: tuple[Path, Report], tmp_path: Path
+) -> None:
+    base = place / "whole.work" / "1-fine_tune" / "checkpoint"
+    text = f"name: short\nmodel: {base}\ntask: sst2\ndata: {place / 'data'}\nmax_length: 16\n"
+    text += "evaluation: {speed_repeats: 3, speed_sequence_length: 8}\nsteps:\n  - low_rank: {keep: 0.6}\n"
+    (tmp_path / "short.yaml").write_text(text)
+    report = pipeline.run(load_recipe(tmp_path / "short.yaml", ()), tmp_path / "out", quiet=True)
+    _, whole = finished
+    assert [row.name for row in report.rows] == ["original", "low_rank"]
+    assert report.rows[0].metrics == whole.rows[0].metrics
+
+
+def test_a_model_without_a_head_must_be_fine_tuned_first(place: Path, tmp_path: Path) -> None:
+    from transformers import AutoModel
+
+    bare = tmp_path / "bare"
+    AutoModel.from_pretrained(place / "model").save_pretrained(bare)
+    from tests.workshop import tiny_tokenizer
+
+    tiny_tokenizer().save_pretrained(bare)
+    text = (place / "tiny.yaml").read_text().replace(str(place / "model"), str(bare))
+    head, _, _rest = text.partition("  - name: fine_tune")
+    (tmp_path / "bad.yaml").write_text(head + "  - low_rank: {keep: 0.5}\n")
+    with pytest.raises(DataError, match="no head"):
+        pipeline.run(load_recipe(tmp_path / "bad.yaml", ()), tmp_path / "out", quiet=True)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_record_of_a_step_is_plain_json(place: Path, finished: tuple[Path, Report]) -> None:
+    record = json.loads((place / "whole.work" / "2-prune" / "step.json").read_text())
+    assert record["findings"]["structured_pruning"]["heads"]["encoder.layer.0.attention.self"]["of"] == 4
