@@ -51,6 +51,7 @@ def run(
         return
     from hfcompress import pipeline
 
+    _show_progress(quiet)
     with _stdout_kept_clean(quiet):
         report = pipeline.run(loaded, folder, quiet)
     if as_json:
@@ -231,6 +232,20 @@ def _recorded(directory: Path) -> dict[str, Any]:
     return {"task": report.task} | ({"max_length": length} if isinstance(length, int) else {})
 
 
+def _show_progress(quiet: bool) -> None:
+    """Shows what the package says of its steps on stderr."""
+    from rich.logging import RichHandler
+
+    ours = logging.getLogger("hfcompress")
+    ours.setLevel(logging.ERROR if quiet else logging.INFO)
+    if not ours.handlers:
+        console = Console(stderr=True)
+        ours.addHandler(RichHandler(console=console, show_level=False, show_path=False, log_time_format="%X"))
+        ours.propagate = False
+    # It says on import that an optional package for another kernel is not there.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+
+
 @contextlib.contextmanager
 def _stdout_kept_clean(quiet: bool) -> Iterator[None]:
     """Sends what libraries print (Trainer prints its logs) to stderr, or with `quiet` nowhere."""
@@ -241,7 +256,6 @@ def _stdout_kept_clean(quiet: bool) -> Iterator[None]:
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
         datasets.disable_progress_bars()
-        logging.getLogger("hfcompress").setLevel(logging.ERROR)
         with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
             yield
     else:

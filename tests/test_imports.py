@@ -15,6 +15,7 @@ FLOORS = (
     {"methods", "evaluation", "deployment"},
     {"recipe"},
     {"publishing"},
+    {"run_folder"},
     {"pipeline"},
     {"commands"},
 )
