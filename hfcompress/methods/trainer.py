@@ -157,7 +157,10 @@ class CompressionTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the mean of each loss term since the last log."""
         if "loss" in logs and self._terms_seen:
-            means = {f"loss_{name}": (total / self._terms_seen).item() for name, total in self._terms.items()}
+            means = {
+                f"loss_{name}": self.accelerator.reduce(total / self._terms_seen, "mean").item()
+                for name, total in self._terms.items()
+            }
             logs = {**logs, **means}
             self._terms, self._terms_seen = {}, 0
         super().log(logs, start_time)
