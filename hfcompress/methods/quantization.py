@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+import torch
 from pydantic import Field
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from hfcompress.configuration import Config
 from hfcompress.errors import CompressionError
 from hfcompress.methods.registry import Context, Method, register
-from hfcompress.modeling.anatomy import ROLE_GROUPS, base_model, embedding_paths, modules_by_role
+from hfcompress.modeling.anatomy import base_model, embedding_paths, linear_layers, modules_of, tied_to
 from hfcompress.modeling.checkpoint import commit
 from hfcompress.modeling.layers.bitsandbytes import Kind, kind_of, quantize_linear
 from hfcompress.modeling.layers.quantized_embedding import Bits, QuantizedEmbedding
@@ -63,7 +65,7 @@ def quantization(model: PreTrainedModel, config: QuantizationConfig, context: Co
     tables = _tables(model, config)
     kinds = _kinds(model, config)
     for path, kind in kinds.items():
-        base.set_submodule(path, quantize_linear(base.get_submodule(path), kind))  # type: ignore[arg-type]
+        base.set_submodule(path, quantize_linear(_as_linear(base.get_submodule(path)), kind))
     for path, (bits, group_size) in tables.items():
         table = base.get_submodule(path)
         base.set_submodule(path, QuantizedEmbedding.from_float(table, bits=bits, group_size=group_size))  # type: ignore[arg-type]
@@ -75,15 +77,32 @@ def quantization(model: PreTrainedModel, config: QuantizationConfig, context: Co
     return {"linear_layers": counted, "embeddings": config.embeddings, "left_in_float": in_float}
 
 
+def _as_linear(module: nn.Module) -> nn.Linear:
+    """Returns GPT-2's transposed layers as linear ones, which is all that is quantized; others as they are."""
+    if not isinstance(module, Conv1D):
+        assert isinstance(module, nn.Linear)
+        return module
+    weight = module.weight.detach().T.contiguous()
+    with torch.device("meta"):
+        linear = nn.Linear(weight.shape[1], weight.shape[0])
+    linear.weight, linear.bias = nn.Parameter(weight), module.bias
+    return linear.train(module.training)
+
+
 def _kinds(model: PreTrainedModel, config: QuantizationConfig) -> dict[str, Kind]:
-    base = base_model(model)
-    linears = [name for name, module in base.named_modules() if type(module) is nn.Linear]
-    kinds: dict[str, Kind] = dict.fromkeys(linears, config.weights) if config.weights else {}
-    for group, kind in (("attention", config.attention), ("ffn", config.ffn)):
+    # What the family keeps in float32 by name its forward also asks to be of a float type (T5's `wo`).
+    in_float = set(getattr(model, "_keep_in_fp32_modules", None) or ())
+    linears = [
+        name
+        for name, module in linear_layers(model).items()
+        if type(module) in (nn.Linear, Conv1D) and not in_float & set(name.split("."))
+    ]
+    kinds: dict[str, Kind] = {name: config.weights for name in linears} if config.weights else {}
+    groups: dict[str, Kind | None] = {"attention": config.attention, "ffn": config.ffn}
+    for group, kind in groups.items():
         if kind is None:
             continue
-        by_role = modules_by_role(model)
-        paths = [path for role in ROLE_GROUPS[group] for path in by_role[role]]
+        paths = modules_of(model, (group,))
         # A low-rank layer is its two factors.
         kinds |= {name: kind for name in linears if any(name == path or name.startswith(f"{path}.") for path in paths)}
     return kinds
@@ -94,16 +113,20 @@ def _tables(model: PreTrainedModel, config: QuantizationConfig) -> dict[str, tup
         return {}
     base = base_model(model)
     bits: Bits = 8 if config.embeddings == "int8" else 4
-    output = model.get_output_embeddings()
     tables: dict[str, tuple[Bits, int]] = {}
     for path in embedding_paths(model):
         table = base.get_submodule(path)
-        if not isinstance(table, nn.Embedding):
+        if isinstance(table, QuantizedEmbedding):
             continue
-        if output is not None and getattr(output, "weight", None) is table.weight:
+        tied = tied_to(model, path)
+        if tied:
             raise CompressionError(
-                f"{path} is tied to the output layer and cannot be quantized alone",
+                f"{path} is tied to {', '.join(tied)} and cannot be quantized alone",
                 hint="Set embeddings: null.",
+            )
+        if type(table) is not nn.Embedding:
+            raise CompressionError(
+                f"{path} is a {type(table).__name__}, which does more than look up", hint="Set embeddings: null."
             )
         width = table.embedding_dim
         group_size = config.embedding_group_size or (width if bits == 8 or width % 32 else 32)

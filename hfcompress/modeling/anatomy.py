@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any, cast
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -16,11 +17,15 @@ from hfcompress.modeling.architectures import (
     Attention,
     FeedForward,
     Projection,
+    Role,
     Stack,
     architectures,
 )
+from hfcompress.modeling.layers.low_rank import LowRankLinear
 
 ROLES = ("query", "key", "value", "attention_output", "ffn_input", "ffn_output")
+# Every linear layer of the base model, in any family.
+ANY_LINEAR = "linear"
 ROLE_GROUPS = {
     "attention": ("query", "key", "value", "attention_output"),
     "ffn": ("ffn_input", "ffn_output"),
@@ -29,7 +34,7 @@ ROLE_GROUPS = {
 
 def base_model(model: PreTrainedModel) -> PreTrainedModel:
     """Returns the model without its task head; every path of ours is relative to it."""
-    return model.base_model
+    return cast(PreTrainedModel, model.base_model)
 
 
 def architecture_of(model: PreTrainedModel) -> Architecture:
@@ -43,19 +48,28 @@ def architecture_of(model: PreTrainedModel) -> Architecture:
     if model_type not in known:
         raise UnsupportedModelError(
             f"models of type '{model_type}' are not supported; {suggest(model_type, known)}",
-            hint="A new family is one data file: see hfcompress/modeling/architectures/bert.py.",
+            hint="A new family is one data file, hfcompress/modeling/architectures/<family>.py: see bert.py there. "
+            "Low rank with targets: [linear], and quantization with embeddings: null, work on any family.",
         )
     return known[model_type]
 
 
 def output_width(module: nn.Module) -> int:
     """Returns the number of outputs of any linear-like module."""
-    return module.nf if isinstance(module, Conv1D) else int(module.out_features)
+    return module.nf if isinstance(module, Conv1D) else int(cast(Any, module).out_features)
 
 
 def input_width(module: nn.Module) -> int:
     """Returns the number of inputs of any linear-like module."""
-    return module.weight.shape[0] if isinstance(module, Conv1D) else int(module.in_features)
+    return module.weight.shape[0] if isinstance(module, Conv1D) else int(cast(Any, module).in_features)
+
+
+def find(base: nn.Module, path: str) -> nn.Module | None:
+    """Returns the module at a path, or None."""
+    try:
+        return base.get_submodule(path)
+    except AttributeError:
+        return None
 
 
 @dataclass(frozen=True)
@@ -69,6 +83,9 @@ class _Block:
 
     def at(self, relative: str) -> nn.Module:
         return self.base.get_submodule(self.path(relative))
+
+    def has(self, relative: str) -> bool:
+        return find(self.base, self.path(relative)) is not None
 
     def _width(self, projection: Projection) -> int:
         return output_width(self.at(projection.path)) // projection.parts
@@ -111,6 +128,13 @@ class AttentionBlock(_Block):
         return self.query_heads // self.heads
 
     @property
+    def projections(self) -> list[tuple[Role, Projection]]:
+        """The projections into the heads that this model has, by role."""
+        spec = self.spec
+        always: list[tuple[Role, Projection]] = [("query", spec.query), ("key", spec.key), ("value", spec.value)]
+        return always + [(role, each) for role, each in spec.also.items() if self.has(each.path)]
+
+    @property
     def stock_heads(self) -> int:
         """Number of key-value heads that the config says."""
         return int(getattr(self.base.config, self.spec.kv_heads or self.spec.heads))
@@ -125,29 +149,48 @@ class FeedForwardBlock(_Block):
     @property
     def name(self) -> str:
         """Path of the module that the neurons come out of."""
-        return self.path(self.spec.inputs[0].path)
+        return self.path(self.inputs[0].path)
+
+    @property
+    def inputs(self) -> list[Projection]:
+        """The projections into the neurons that this model has."""
+        return [projection for projection in self.spec.inputs if self.has(projection.path)]
 
     @property
     def neurons(self) -> int:
         """Number of neurons."""
-        return self._width(self.spec.inputs[0])
+        return self._width(self.inputs[0])
 
     @property
     def stock_neurons(self) -> int:
         """Number of neurons that the config says."""
-        return int(getattr(self.base.config, self.spec.neurons))
+        config = self.base.config
+        said = getattr(config, self.spec.neurons)
+        return int(config.hidden_size * self.spec.widths if said is None else said)
+
+
+def layer_lists(model: PreTrainedModel, stack: Stack) -> list[str]:
+    """Returns the paths of a stack's `ModuleList`s in this model: none where it is without that stack."""
+    base = base_model(model)
+    before, star, after = stack.layers.partition("*")
+    if not star:
+        return [] if find(base, stack.layers) is None else [stack.layers]
+    groups = find(base, before.removesuffix("."))
+    return [f"{before}{index}{after}" for index in range(len(groups))] if isinstance(groups, nn.ModuleList) else []
 
 
 def _layers(model: PreTrainedModel) -> Iterator[tuple[PreTrainedModel, Stack, str]]:
     base = base_model(model)
     for stack in architecture_of(model).stacks:
-        for index in range(len(base.get_submodule(stack.layers))):  # type: ignore[arg-type]
-            yield base, stack, f"{stack.layers}.{index}"
+        for layers in layer_lists(model, stack):
+            for index in range(len(base.get_submodule(layers))):  # type: ignore[arg-type]
+                yield base, stack, f"{layers}.{index}"
 
 
 def attention_blocks(model: PreTrainedModel) -> list[AttentionBlock]:
     """Returns every attention, layer by layer."""
-    return [AttentionBlock(*where, spec) for where in _layers(model) for spec in where[1].attentions]
+    blocks = [AttentionBlock(*where, spec) for where in _layers(model) for spec in where[1].attentions]
+    return [block for block in blocks if not block.spec.optional or block.has(block.spec.module)]
 
 
 def feed_forward_blocks(model: PreTrainedModel) -> list[FeedForwardBlock]:
@@ -155,29 +198,78 @@ def feed_forward_blocks(model: PreTrainedModel) -> list[FeedForwardBlock]:
     return [FeedForwardBlock(*where, spec) for where in _layers(model) for spec in where[1].feed_forwards]
 
 
+def linear_layers(model: PreTrainedModel) -> dict[str, nn.Module]:
+    """Returns every linear-like module of the base model by path, the halves of low-rank ones included.
+
+    Heads are left out, also those of models that are their own base model.
+    """
+    base = base_model(model)
+    heads: tuple[str, ...] = ()
+    if model.config.model_type in architectures():
+        heads = architecture_of(model).heads
+    output = model.get_output_embeddings()
+    return {
+        name: module
+        for name, module in base.named_modules()
+        if isinstance(module, (nn.Linear, Conv1D)) and module is not output and name.split(".")[0] not in heads
+    }
+
+
 def modules_by_role(model: PreTrainedModel) -> dict[str, list[str]]:
-    """Returns, for each of `ROLES`, the paths of its modules (relative to the base model, each once)."""
+    """Returns, for each of `ROLES`, the paths of its modules (relative to the base model, each once).
+
+    Raises:
+        UnsupportedModelError: The family has no file in `architectures/`.
+    """
     found: dict[str, list[str]] = {role: [] for role in ROLES}
     for attention in attention_blocks(model):
-        spec = attention.spec
-        for role, path in (
-            ("query", spec.query.path),
-            ("key", spec.key.path),
-            ("value", spec.value.path),
-            ("attention_output", spec.output),
-        ):
-            found[role].append(attention.path(path))
+        for role, projection in attention.projections:
+            found[role].append(attention.path(projection.path))
+        found["attention_output"].append(attention.path(attention.spec.output))
     for block in feed_forward_blocks(model):
-        found["ffn_input"] += [block.path(projection.path) for projection in block.spec.inputs]
+        found["ffn_input"] += [block.path(projection.path) for projection in block.inputs]
         found["ffn_output"].append(block.path(block.spec.output))
     seen: set[str] = set()  # a fused module is listed once, under its first role
-    return {
-        role: [path for path in paths if not (path in seen or seen.add(path))] for role, paths in found.items()
-    }
+    return {role: [path for path in paths if not (path in seen or seen.add(path))] for role, paths in found.items()}
+
+
+def modules_of(model: PreTrainedModel, targets: Iterable[str]) -> list[str]:
+    """Returns the paths of the modules that are meant by roles, groups of roles, or `linear`; each once.
+
+    Args:
+        model: The model; of any family where `linear` is the only target.
+        targets: Members of `ROLES`, keys of `ROLE_GROUPS`, or `linear`: every linear layer of the base model,
+            low-rank ones as a whole.
+
+    Raises:
+        UnsupportedModelError: A role is asked of a family that has no file in `architectures/`.
+    """
+    paths: list[str] = []
+    for target in targets:
+        if target == ANY_LINEAR:
+            base = base_model(model)
+            for path in linear_layers(model):
+                parent = path.rpartition(".")[0]
+                paths.append(parent if isinstance(base.get_submodule(parent), LowRankLinear) else path)
+        else:
+            by_role = modules_by_role(model)
+            paths += [path for role in ROLE_GROUPS.get(target, (target,)) for path in by_role[role]]
+    return list(dict.fromkeys(paths))
 
 
 def embedding_paths(model: PreTrainedModel) -> list[str]:
     """Returns the paths of the embedding tables that this model has."""
     base = base_model(model)
-    have = {name for name, _ in base.named_modules()}
-    return [path for path in architecture_of(model).embeddings if path in have]
+    return [path for path in architecture_of(model).embeddings if find(base, path) is not None]
+
+
+def tied_to(model: PreTrainedModel, path: str) -> list[str]:
+    """Returns the paths, in the whole model, of the other modules that hold the same `weight`."""
+    base = base_model(model)
+    prefix = next(name for name, module in model.named_modules() if module is base)
+    own = f"{prefix}.{path}" if prefix else path
+    weight = getattr(base.get_submodule(path), "weight", None)
+    if weight is None:
+        return []
+    places = model.named_modules(remove_duplicate=False)
+    return [name for name, other in places if name != own and getattr(other, "weight", None) is weight]

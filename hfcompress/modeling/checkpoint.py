@@ -7,32 +7,35 @@ a stock model on `meta` before its weights are loaded; there the structure is pu
 from __future__ import annotations
 
 import copy
-import os
-import shutil
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from torch import nn
-from transformers import BitsAndBytesConfig, PreTrainedModel
-from transformers.core_model_loading import WeightConverter
+from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
-from transformers.quantizers import (
-    AutoHfQuantizer,
-    HfQuantizer,
-    register_quantization_config,
-    register_quantizer,
-)
+from transformers.quantizers.auto import AutoHfQuantizer, register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from hfcompress.errors import CheckpointError
-from hfcompress.modeling.anatomy import base_model, feed_forward_blocks
-from hfcompress.modeling.architectures import architectures
-from hfcompress.modeling.layers.bitsandbytes import SERIALIZED_NAMES, LoadBitsAndBytes, require_bitsandbytes, settle
-from hfcompress.modeling.structure import Structure, describe, rebuild
+from hfcompress.modeling.anatomy import base_model
+from hfcompress.modeling.layers.bitsandbytes import (
+    SERIALIZED_NAMES,
+    LoadBitsAndBytes,
+    kind_of,
+    require_bitsandbytes,
+    runs_without_cure,
+    settle_all,
+)
+from hfcompress.modeling.loading import guard_config, guard_files, require_checked, require_exact_base
+from hfcompress.modeling.saving import forget_reading, replace_directory, save, save_as_stock, seal_when_saved
+from hfcompress.modeling.structure import Structure, describe, rebuild, say_in_stock_fields
+
+__all__ = ["HFCompressConfig", "HFCompressQuantizer", "commit", "needs_plugin", "replace_directory", "save"]
 
 METHOD = "hfcompress"
 FORMAT_VERSION = 1
+_MOST_ENTRIES = 20_000
 
 
 class HFCompressConfig(QuantizationConfigMixin):
@@ -58,8 +61,10 @@ class HFCompressConfig(QuantizationConfigMixin):
         unknown.pop("quant_method", None)
         if unknown:
             raise CheckpointError(f"config.json: quantization_config has unknown keys: {', '.join(sorted(unknown))}")
-        if not isinstance(structure, Mapping):
-            raise CheckpointError(f"config.json: quantization_config.structure must be a mapping, not {structure!r}")
+        if not isinstance(structure, Mapping) or not all(isinstance(each, Mapping) for each in structure.values()):
+            raise CheckpointError("config.json: quantization_config.structure must be a mapping of mappings")
+        if sum(map(len, structure.values())) > _MOST_ENTRIES:
+            raise CheckpointError(f"config.json: quantization_config.structure has more than {_MOST_ENTRIES} entries")
         self.format_version = format_version
         self.structure = structure
 
@@ -68,7 +73,7 @@ class HFCompressConfig(QuantizationConfigMixin):
         """Reads the record from `config.json`."""
         if "structure" not in config_dict:
             raise CheckpointError("config.json: quantization_config has no structure")
-        config = cls(**config_dict)
+        config = cls(**{str(name): value for name, value in config_dict.items() if name != "self"})
         return (config, kwargs) if return_unused_kwargs else config
 
     def to_dict(self) -> dict[str, Any]:
@@ -104,25 +109,21 @@ class HFCompressQuantizer(HfQuantizer):
         if self._has_quantized_linears:
             require_bitsandbytes()
 
+    def update_attn_implementation(self, config: PreTrainedConfig) -> PreTrainedConfig:
+        """Sees the config before a module is built from it, and holds it to what is possible."""
+        guard_config(config)
+        return config
+
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
-        rebuild(model, self.quantization_config.structure)
-        _require_exact_base(model)
+        structure = self.quantization_config.structure
+        guard_files(kwargs.get("checkpoint_files"), model.config, structure)
+        rebuild(model, structure)
+        require_exact_base(model)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
-        if "mark_tied_weights_as_initialized" in vars(model):
-            raise CheckpointError(
-                "this version of transformers loads weights in a way that hfcompress cannot check",
-                hint="pip install 'transformers>=5.23,<6'",
-            )
-        for module in model.modules():
-            settle(module)
-        # Saving writes what is there; the conversion is only for loading.
-        conversions = getattr(model, "_weight_conversions", None) or []
-        model._weight_conversions = [
-            each
-            for each in conversions
-            if not (isinstance(each, WeightConverter) and isinstance(each.operations[0], LoadBitsAndBytes))
-        ]
+        require_checked(model)
+        settle_all(model)
+        forget_reading(model)
         _attach(model, self.quantization_config, self if self._has_quantized_linears else None)
         return model
 
@@ -136,58 +137,16 @@ class HFCompressQuantizer(HfQuantizer):
         return True
 
 
-def _require_exact_base(model: PreTrainedModel) -> None:
-    """Makes missing, unexpected or mismatched weights of the base model an error of the load under way.
-
-    transformers logs them in a table and fills the gaps with random values. Its step that first sees the
-    whole account is wrapped for this one load; `_process_model_after_weight_loading` checks that it ran.
-    """
-    stock = model.mark_tied_weights_as_initialized
-    base = base_model(model)
-    prefix = "" if base is model else f"{model.base_model_prefix}."
-    optional: tuple[str, ...] = ()
-    if model.config.model_type in architectures():
-        optional = architectures()[model.config.model_type].optional
-    required = {name for name, _ in base.named_children()} - set(optional)
-
-    def inside(key: str) -> bool:
-        return key.startswith(prefix) and key.removeprefix(prefix).split(".")[0] in required
-
-    def checked(loading_info: Any) -> None:
-        del model.mark_tied_weights_as_initialized
-        account = copy.copy(loading_info)
-        account.missing_keys = set(account.missing_keys) - set(model.all_tied_weights_keys)
-        account.unexpected_keys = set(account.unexpected_keys)
-        model._adjust_missing_and_unexpected_keys(account)
-        wrong = {
-            "missing": sorted(filter(inside, account.missing_keys)),
-            "unexpected": sorted(filter(inside, account.unexpected_keys)),
-            "of another shape": sorted(key for key, *_ in account.mismatched_keys if inside(key)),
-            "not readable": sorted(filter(inside, account.conversion_errors)),
-        }
-        found = [f"{len(keys)} {what}: {', '.join(keys[:3])}" for what, keys in wrong.items() if keys]
-        if found:
-            for keys in (loading_info.missing_keys, loading_info.unexpected_keys, loading_info.mismatched_keys):
-                keys.clear()  # this error says it all: no table after it, no other error over it
-            loading_info.conversion_errors.clear()
-            raise CheckpointError(
-                f"the weights do not fit the structure in config.json ({'; '.join(found)})",
-                hint="The checkpoint is damaged or was edited: save or download it again.",
-            )
-        stock(loading_info)
-
-    vars(model)["mark_tied_weights_as_initialized"] = checked
-
-
 def _attach(model: PreTrainedModel, config: QuantizationConfigMixin, quantizer: HfQuantizer | None) -> None:
     """Leaves a model in the state in which transformers would have loaded it."""
+    seal_when_saved(model)
     for part in (model, base_model(model)):
         part.config.quantization_config = config
         part.config._is_quantized = quantizer is not None
     if quantizer is not None:
-        model.hf_quantizer = quantizer
-        model.is_quantized = True
-        model.quantization_method = quantizer.quantization_config.quant_method
+        vars(model).update(
+            hf_quantizer=quantizer, is_quantized=True, quantization_method=quantizer.quantization_config.quant_method
+        )
         return
     # Only shapes differ: an ordinary model, which may be trained, cast and moved.
     for attribute in ("hf_quantizer", "is_quantized", "quantization_method"):
@@ -195,6 +154,7 @@ def _attach(model: PreTrainedModel, config: QuantizationConfigMixin, quantizer: 
 
 
 def _detach(model: PreTrainedModel) -> None:
+    save_as_stock(model)
     for part in (model, base_model(model)):
         vars(part.config).pop("quantization_config", None)
         part.config._is_quantized = False
@@ -202,24 +162,17 @@ def _detach(model: PreTrainedModel) -> None:
         vars(model).pop(attribute, None)
 
 
-def _say_it_in_stock_fields(model: PreTrainedModel) -> None:
-    """Moves what the stock config can express into it: feed-forward blocks of one width."""
-    if model.config.model_type not in architectures():
-        return
-    widths: dict[str, set[int]] = {}
-    for block in feed_forward_blocks(model):
-        widths.setdefault(block.spec.neurons, set()).add(block.neurons)
-    for field, found in widths.items():
-        if len(found) == 1:
-            setattr(model.config, field, found.pop())
-
-
 def _stock_quantization(model: PreTrainedModel, structure: Structure) -> BitsAndBytesConfig | None:
-    """Returns the stock record where the only difference is that bitsandbytes holds every linear layer alike."""
+    """Returns the stock record where the only difference is that bitsandbytes holds every linear layer alike.
+
+    None as well where some layer's widths crash or go wrong on CPU unless hfcompress has loaded it.
+    """
     kinds = set(structure.get("linear", {}).values())
     if set(structure) != {"linear"} or len(kinds) != 1:
         return None
     kind = kinds.pop()
+    if kind != "int8" and not all(runs_without_cure(module) for module in model.modules() if kind_of(module)):
+        return None
     skipped = [name for name, module in model.named_modules() if type(module) in (nn.Linear, Conv1D)]
     if kind == "int8":
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0, llm_int8_skip_modules=skipped)
@@ -238,7 +191,9 @@ def commit(model: PreTrainedModel) -> None:
     Every change of structure ends here. What the stock config can say is said there, and a model that needs
     nothing else is an ordinary checkpoint that loads without hfcompress.
     """
-    _say_it_in_stock_fields(model)
+    settle_all(model)
+    forget_reading(model)
+    say_in_stock_fields(model)
     structure = describe(model)
     if not structure:
         _detach(model)
@@ -254,52 +209,6 @@ def commit(model: PreTrainedModel) -> None:
 def needs_plugin(model: PreTrainedModel) -> bool:
     """Tells whether a saved copy of the model loads only where hfcompress is imported."""
     return isinstance(getattr(model.config, "quantization_config", None), HFCompressConfig)
-
-
-def save(model: PreTrainedModel, directory: Path, *, tokenizer: Any = None) -> None:
-    """Saves a checkpoint as a whole or not at all.
-
-    It is written beside its place and moved there; what was at that place before is replaced only by a whole
-    successor. File modes follow the umask.
-
-    Args:
-        model: A committed model.
-        directory: Where the checkpoint goes.
-        tokenizer: Saved along when given.
-
-    Raises:
-        OSError: The disk is full, or the place cannot be written.
-    """
-    directory = Path(directory)
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    partial = directory.with_name(f".{directory.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        model.save_pretrained(partial)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(partial)
-        _open_modes(partial)
-        replace_directory(partial, directory)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def replace_directory(new: Path, place: Path) -> None:
-    """Moves a finished folder to its place, over what is there."""
-    old = place.with_name(f".{place.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if place.exists():
-        os.rename(place, old)
-    os.rename(new, place)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _open_modes(directory: Path) -> None:
-    """safetensors makes its files private; the user's umask decides instead."""
-    umask = os.umask(0)
-    os.umask(umask)
-    for file in directory.iterdir():
-        file.chmod(0o666 & ~umask)
 
 
 def _register() -> None:

@@ -20,16 +20,18 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from hfcompress.configuration import suggest
 from hfcompress.errors import CheckpointError
 from hfcompress.modeling import surgery
 from hfcompress.modeling.anatomy import (
+    AttentionBlock,
+    architecture_of,
     attention_blocks,
     base_model,
     feed_forward_blocks,
     input_width,
+    linear_layers,
     output_width,
 )
 from hfcompress.modeling.architectures import architectures
@@ -57,8 +59,16 @@ def _compact(values: Mapping[str, Any], candidates: Iterable[str]) -> dict[str, 
     return folded
 
 
-def _unfold(section: str, folded: Mapping[str, Any], candidates: Iterable[str]) -> dict[str, Any]:
+def _unfold(
+    section: str, folded: Mapping[str, Any], candidates: Iterable[str], absent: frozenset[str] = frozenset()
+) -> dict[str, Any]:
     """Undoes `_compact`.
+
+    Args:
+        section: Names the section in an error.
+        folded: What `_compact` returned.
+        candidates: The paths that a name may stand for.
+        absent: Children of the base model that this model is without; names inside them are passed over.
 
     Raises:
         CheckpointError: A name fits none of the candidates.
@@ -67,16 +77,21 @@ def _unfold(section: str, folded: Mapping[str, Any], candidates: Iterable[str]) 
     unfolded: dict[str, Any] = {}
     for name, value in folded.items():
         matches = [path for path in names if name in (path, _pattern(path))]
+        if not matches and name.partition(".")[0] in absent:
+            continue
         if not matches:
             raise CheckpointError(f"config.json: structure.{section}: the model has no module '{name}'")
         unfolded.update(dict.fromkeys(matches, value))
     return unfolded
 
 
-def _linears(model: PreTrainedModel) -> dict[str, nn.Module]:
-    """Every linear-like module of the base model by path, the two halves of low-rank ones included."""
-    kinds = (nn.Linear, Conv1D)
-    return {name: module for name, module in base_model(model).named_modules() if isinstance(module, kinds)}
+def _absent(model: PreTrainedModel) -> frozenset[str]:
+    """Returns the children that other models of the family have and this one has not: a decoder, a pooler."""
+    if model.config.model_type not in architectures():
+        return frozenset()
+    architecture = architecture_of(model)
+    possible = {stack.layers.partition(".")[0] for stack in architecture.stacks} | set(architecture.optional)
+    return frozenset(possible - {name for name, _ in base_model(model).named_children()})
 
 
 def describe(model: PreTrainedModel) -> Structure:
@@ -97,19 +112,54 @@ def describe(model: PreTrainedModel) -> Structure:
         neurons = {block.name: block.neurons for block in blocks if block.neurons != block.stock_neurons}
         structure["neurons"] = _compact(neurons, [block.name for block in blocks])
     low_rank = {name: module for name, module in base.named_modules() if isinstance(module, LowRankLinear)}
-    wholes = [name for name in _linears(model) if name.rpartition(".")[0] not in low_rank]
-    structure["low_rank"] = _compact(
-        {name: module.rank for name, module in low_rank.items()}, [*wholes, *low_rank]
-    )
+    wholes = [name for name in linear_layers(model) if name.rpartition(".")[0] not in low_rank]
+    structure["low_rank"] = _compact({name: module.rank for name, module in low_rank.items()}, [*wholes, *low_rank])
     structure["embeddings"] = {
         name: {"bits": module.bits, "group_size": module.group_size}
         for name, module in base.named_modules()
         if isinstance(module, QuantizedEmbedding)
     }
-    linears = _linears(model)
+    linears = linear_layers(model)
     quantized = {name: kind_of(module) for name, module in linears.items() if kind_of(module)}
     structure["linear"] = _compact(quantized, linears)
     return {section: entries for section, entries in structure.items() if entries}
+
+
+def say_in_stock_fields(model: PreTrainedModel) -> None:
+    """Moves what the stock config can express into it, so that an ordinary checkpoint is written.
+
+    That is feed-forward blocks of one width, and attentions with one number of heads in the families whose config
+    holds the width of a head apart. An encoder and a decoder with fields of their own count each for itself.
+    """
+    if model.config.model_type not in architectures():
+        return
+    configs = {id(part.config): part.config for part in (model, base_model(model))}.values()
+    widths: dict[str, set[int]] = {}
+    for block in feed_forward_blocks(model):
+        widths.setdefault(block.spec.neurons, set()).add(block.neurons)
+    attentions: dict[str, list[AttentionBlock]] = {}
+    for block in attention_blocks(model):
+        attentions.setdefault(block.spec.heads, []).append(block)
+    said: dict[str, int] = {field: found.pop() for field, found in widths.items() if len(found) == 1}
+    for blocks in attentions.values():
+        said |= _uniform_heads(model, blocks)
+    for config in configs:
+        for field, value in said.items():
+            if getattr(config, field, None) != value:
+                setattr(config, field, value)
+
+
+def _uniform_heads(model: PreTrainedModel, blocks: list[AttentionBlock]) -> dict[str, int]:
+    """Returns the config fields that say how many heads all these attentions have, where they can."""
+    spec, config = blocks[0].spec, base_model(model).config
+    sizes = {(block.heads, block.query_heads, block.head_dim) for block in blocks}
+    if spec.head_dim_field is None or len(sizes) > 1 or blocks[0].heads == blocks[0].stock_heads:
+        return {}
+    heads, query_heads, head_dim = sizes.pop()
+    if spec.heads_divide is not None and getattr(config, spec.heads_divide) % query_heads:
+        return {}
+    said = {spec.heads: query_heads, spec.head_dim_field: head_dim}
+    return said | ({spec.kv_heads: heads} if spec.kv_heads else {})
 
 
 def rebuild(model: PreTrainedModel, structure: Mapping[str, Any]) -> None:
@@ -120,9 +170,7 @@ def rebuild(model: PreTrainedModel, structure: Mapping[str, Any]) -> None:
     """
     unknown = set(structure) - set(_SECTIONS)
     if unknown:
-        raise CheckpointError(
-            f"config.json: structure.{min(unknown)} is unknown; {suggest(min(unknown), _SECTIONS)}"
-        )
+        raise CheckpointError(f"config.json: structure.{min(unknown)} is unknown; {suggest(min(unknown), _SECTIONS)}")
     for section, restore in _SECTIONS.items():
         entries = structure.get(section, {})
         if not isinstance(entries, Mapping):
@@ -141,29 +189,29 @@ def _bounded(section: str, name: str, value: object, most: int) -> int:
 
 def _restore_heads(model: PreTrainedModel, entries: Mapping[str, Any]) -> None:
     blocks = {block.name: block for block in attention_blocks(model)}
-    for name, count in _unfold("heads", entries, blocks).items():
+    for name, count in _unfold("heads", entries, blocks, _absent(model)).items():
         count = _bounded("heads", name, count, blocks[name].stock_heads)
         surgery.shrink_attention(blocks[name], range(count))
 
 
 def _restore_neurons(model: PreTrainedModel, entries: Mapping[str, Any]) -> None:
     blocks = {block.name: block for block in feed_forward_blocks(model)}
-    for name, count in _unfold("neurons", entries, blocks).items():
+    for name, count in _unfold("neurons", entries, blocks, _absent(model)).items():
         count = _bounded("neurons", name, count, blocks[name].stock_neurons)
         surgery.shrink_feed_forward(blocks[name], range(count))
 
 
 def _restore_low_rank(model: PreTrainedModel, entries: Mapping[str, Any]) -> None:
-    linears = _linears(model)
-    for name, rank in _unfold("low_rank", entries, linears).items():
+    linears = linear_layers(model)
+    for name, rank in _unfold("low_rank", entries, linears, _absent(model)).items():
         most = min(input_width(linears[name]), output_width(linears[name]))
         surgery.factorize(model, name, _bounded("low_rank", name, rank, most))
 
 
 def _restore_embeddings(model: PreTrainedModel, entries: Mapping[str, Any]) -> None:
     base = base_model(model)
-    tables = {name: module for name, module in base.named_modules() if isinstance(module, nn.Embedding)}
-    for name, form in _unfold("embeddings", entries, tables).items():
+    tables = {name: module for name, module in base.named_modules() if type(module) is nn.Embedding}
+    for name, form in _unfold("embeddings", entries, tables, _absent(model)).items():
         table = tables[name]
         if not isinstance(form, Mapping) or set(form) != {"bits", "group_size"} or form["bits"] not in (4, 8):
             raise CheckpointError(
@@ -183,13 +231,11 @@ def _restore_embeddings(model: PreTrainedModel, entries: Mapping[str, Any]) -> N
 
 
 def _restore_linear(model: PreTrainedModel, entries: Mapping[str, Any]) -> None:
-    base, linears = base_model(model), _linears(model)
-    for name, kind in _unfold("linear", entries, linears).items():
+    base, linears = base_model(model), linear_layers(model)
+    for name, kind in _unfold("linear", entries, linears, _absent(model)).items():
         if kind not in KINDS:
-            raise CheckpointError(
-                f"config.json: structure.linear: '{name}' is {kind!r}; allowed: {', '.join(KINDS)}"
-            )
-        old = linears[name]
+            raise CheckpointError(f"config.json: structure.linear: '{name}' is {kind!r}; allowed: {', '.join(KINDS)}")
+        old: Any = linears[name]
         new = empty_linear(
             input_width(old),
             output_width(old),

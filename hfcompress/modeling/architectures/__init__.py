@@ -8,11 +8,12 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Literal
 
 Quantity = Literal["heads", "kv_heads", "width", "groups"]
+Role = Literal["query", "key", "value"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +43,13 @@ class Attention:
         counts: The module's attributes that must follow the number of heads, and what each counts.
         heads: The config's field with the stock number of query heads.
         kv_heads: The config's field with the stock number of key and value heads, where it has one.
-        shares_bias: Whether a position bias computed elsewhere, for all stock heads, is added to the scores.
+        also: Further projections into the heads that some models have, by the role they are like.
+        head_dim_field: The config's field from which stock models take the width of a head, where there is one:
+            with it the stock config can say that every layer has fewer heads.
+        heads_divide: The config's field that the stock number of query heads must divide.
+        shared_bias: Whether a position bias made for all stock heads is added to the scores: `given` from
+            outside, or also `passed_on` to the next layer.
+        optional: Whether some models of the family are without it (cross-attention).
     """
 
     module: str
@@ -54,7 +61,11 @@ class Attention:
     counts: Mapping[str, Quantity]
     heads: str = "num_attention_heads"
     kv_heads: str | None = None
-    shares_bias: bool = False
+    also: Mapping[Role, Projection] = field(default_factory=dict)
+    head_dim_field: str | None = None
+    heads_divide: str | None = None
+    shared_bias: Literal["none", "given", "passed_on"] = "none"
+    optional: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,14 +73,17 @@ class FeedForward:
     """One feed-forward block of a layer; every path is relative to the layer.
 
     Attributes:
-        inputs: The projections into the neurons (two for gated blocks).
+        inputs: The projections into the neurons (two for gated blocks); those that a model is without are passed
+            over.
         output: The projection out of the neurons.
         neurons: The config's field with the stock number of neurons.
+        widths: How many times the config's `hidden_size` that is where the field is None.
     """
 
     inputs: tuple[Projection, ...]
     output: str
     neurons: str = "intermediate_size"
+    widths: int = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,16 +91,28 @@ class Stack:
     """A stack of alike layers.
 
     Attributes:
-        layers: The `ModuleList`, relative to the base model.
+        layers: The `ModuleList`, relative to the base model; `*` stands for every number. Models that have none
+            (the decoder of an encoder alone) are without the stack.
         attentions: The attentions of each layer.
         feed_forwards: The feed-forward blocks of each layer.
         depth: The config's field with the number of layers.
+        per_layer_fields: The config's lists with one entry for each layer.
+        shared: Whether the same layers are run over and over, `depth` times in all.
+        first_stays: Whether stock models build the first layer unlike the others, so that it cannot go.
+        carried: Modules that only the first layer has and the next first layer takes over, by path relative to
+            the layer, with the attribute of their parent that tells of them.
+        numbered_by: The config's switches under which a layer computes by its number, so that none can go.
     """
 
     layers: str
     attentions: tuple[Attention, ...]
     feed_forwards: tuple[FeedForward, ...]
     depth: str = "num_hidden_layers"
+    per_layer_fields: tuple[str, ...] = ()
+    shared: bool = False
+    first_stays: bool = False
+    carried: Mapping[str, str] = field(default_factory=dict)
+    numbered_by: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,15 +122,23 @@ class Architecture:
     Attributes:
         model_types: The values of `config.model_type` it describes.
         stacks: Its stacks of layers.
-        embeddings: Its embedding tables, relative to the base model.
-        optional: Children of the base model that a task head may do without (a pooler): like a head, they
-            follow stock loading behaviour.
+        embeddings: Its embedding tables, relative to the base model; what a model has of them is looked up and
+            nothing else, or shared with another module.
+        detachable: Parts of the base model, by path, that models of some heads are without (a pooler): like a
+            head, they follow stock loading behaviour.
+        heads: Parts that belong to a head, of models whose class is its own base model.
     """
 
     model_types: tuple[str, ...]
     stacks: tuple[Stack, ...]
     embeddings: tuple[str, ...]
-    optional: tuple[str, ...] = ()
+    detachable: tuple[str, ...] = ()
+    heads: tuple[str, ...] = ()
+
+    @property
+    def optional(self) -> tuple[str, ...]:
+        """Parts, by path, that a checkpoint of the family may be without."""
+        return self.detachable + self.heads
 
 
 @cache

@@ -21,5 +21,5 @@ ARCHITECTURE = Architecture(
         "embeddings.position_embeddings",
         "embeddings.token_type_embeddings",
     ),
-    optional=("pooler",),
+    detachable=("pooler",),
 )

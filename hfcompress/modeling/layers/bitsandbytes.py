@@ -1,4 +1,8 @@
-"""Linear layers of 8 and 4 bit weights by bitsandbytes: made, read and kept safe on CPU.
+"""Linear layers of 8 and 4 bit weights by bitsandbytes: made, read and kept right on CPU.
+
+A third fault is silent: where the number of inputs is no multiple of the block size, bitsandbytes quantizes blocks
+that run on across rows, and its CPU kernel reads them back as if each row began a new one, so that weights come
+out with the scale of another block. `dequantize` reads them as they were written; `settle` makes such layers use it.
 
 Two faults of bitsandbytes 0.50 on CPUs with AVX512-BF16 are cured in `settle`: an evaluation forward repacks
 4-bit weights in place, so that a later save writes a file that no longer means the same; and widths that are
@@ -7,14 +11,17 @@ no multiple of 32 (outputs) or 64 (inputs) crash. Both come from one optional ke
 
 from __future__ import annotations
 
+import copy
 import logging
+import math
+from functools import cache
 from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import nn
 from transformers.core_model_loading import ConversionOps
 
-from hfcompress.errors import MissingBackendError
+from hfcompress.errors import CompressionError, MissingBackendError
 
 Kind = Literal["int8", "nf4", "fp4", "nf4-double", "fp4-double"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -109,11 +116,78 @@ def quantize_linear(linear: nn.Linear, kind: Kind) -> nn.Module:
     return module
 
 
+def dequantize(module: nn.Module) -> torch.Tensor:
+    """Returns the float weight, `(out, in)`, that a quantized layer computes with.
+
+    On CPU, bitsandbytes' own `dequantize_4bit` mixes up scales where a block of 64 runs over the end of a row.
+    """
+    from bitsandbytes import functional
+
+    weight = cast(Any, module.weight)
+    if kind_of(module) == "int8":
+        state = cast(Any, module).state
+        scales = weight.SCB if getattr(weight, "SCB", None) is not None else state.SCB
+        return functional.int8_vectorwise_dequant(weight.data, scales)
+    flat = copy.copy(weight.quant_state)
+    flat.shape = torch.Size((1, math.prod(weight.quant_state.shape)))  # one row: blocks run on, as they were written
+    return functional.dequantize_4bit(weight.data, flat).view(weight.quant_state.shape)
+
+
+class _BlocksAcrossRows:
+    """A mixin over bitsandbytes' 4-bit layer for inputs that are no multiple of the block size."""
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Maps `(..., in_features)` to `(..., out_features)`."""
+        module = cast(Any, self)
+        if inputs.device.type != "cpu":
+            return super().forward(inputs)  # type: ignore[misc]
+        dtype = module.compute_dtype or inputs.dtype
+        bias = None if module.bias is None else module.bias.to(dtype)
+        outputs = nn.functional.linear(inputs.to(dtype), dequantize(module).to(dtype), bias)
+        return outputs.to(inputs.dtype)
+
+
+@cache
+def _by_blocks(cls: type[nn.Module]) -> type[nn.Module]:
+    return type(cls.__name__, (_BlocksAcrossRows, cls), {"__module__": __name__})
+
+
 def settle(module: nn.Module) -> nn.Module:
-    """Switches off the kernel that repacks 4-bit weights in place; every path to a live layer ends here."""
+    """Keeps a 4-bit layer right on CPU; every path to a live layer ends here.
+
+    It switches off the kernel that repacks weights in place, and gives layers whose blocks run across rows a
+    forward that knows it.
+    """
     if hasattr(module, "support_avx512bf16_for_cpu"):
-        module.support_avx512bf16_for_cpu = False
+        vars(module)["support_avx512bf16_for_cpu"] = False
+        across = cast(Any, module).in_features % cast(Any, module).weight.blocksize
+        if across and not isinstance(module, _BlocksAcrossRows):
+            module.__class__ = _by_blocks(type(module))
     return module
+
+
+def runs_without_cure(module: nn.Module) -> bool:
+    """Tells whether a 4-bit layer's widths are among those that bitsandbytes alone gets right on every CPU."""
+    layer = cast(Any, module)
+    return layer.in_features % layer.weight.blocksize == 0 and layer.out_features % 32 == 0
+
+
+def settle_all(model: nn.Module) -> None:
+    """Settles every layer of a live model, whoever loaded it.
+
+    Raises:
+        CompressionError: The kernel has run before this was called: it rounds the scales of 4-bit weights to
+            bfloat16 in place, which no one can undo.
+    """
+    for name, module in model.named_modules():
+        settle(module)
+        state = getattr(getattr(module, "weight", None), "quant_state", None)
+        if getattr(state, "packing_format_for_cpu", False):
+            raise CompressionError(
+                f"{name}: a forward on this CPU has repacked the 4-bit weights and rounded their scales",
+                hint="Load the model again, and call hfcompress.modeling.layers.bitsandbytes.settle_all(model) "
+                "before its first forward.",
+            )
 
 
 class LoadBitsAndBytes(ConversionOps):
@@ -133,7 +207,11 @@ class LoadBitsAndBytes(ConversionOps):
         loaded = operation(self.hf_quantizer).convert(input_dict, **kwargs)
         if not eight:
             module = kwargs["model"].get_submodule(kwargs["full_layer_name"].rpartition(".")[0])
-            stored, built = tuple(loaded["weight"].quant_state.shape), (module.out_features, module.in_features)
+            state = cast(Any, loaded["weight"]).quant_state
+            stored, built = tuple(state.shape), (module.out_features, module.in_features)
             if stored != built:
                 raise ValueError(f"the stored 4-bit weight has shape {stored}, the structure says {built}")
+            kind = f"{state.quant_type}-double" if state.nested else state.quant_type
+            if kind != kind_of(module):
+                raise ValueError(f"the stored 4-bit weight is {kind}, the structure says {kind_of(module)}")
         return loaded

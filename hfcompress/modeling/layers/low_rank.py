@@ -52,6 +52,11 @@ class LowRankLinear(nn.Module):
         """Width between the factors."""
         return self.down.out_features
 
+    @property
+    def bias(self) -> torch.Tensor | None:
+        """The bias of `up`: some families initialise a layer's bias by this name."""
+        return self.up.bias
+
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         """Maps `(..., in_features)` to `(..., out_features)`."""
         return self.up(self.down(inputs))
