@@ -78,6 +78,69 @@ def evaluate(
 
 
 @app.command()
+def export(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A checkpoint folder.", show_default=False)],
+    output: Annotated[Path, typer.Option("--output", "-o", help="A new folder for the export.", show_default=False)],
+    engine: Annotated[str, typer.Option("--format", help="onnx or openvino.")] = "onnx",
+    int8: Annotated[
+        str | None, typer.Option("--int8", help="dynamic (needs no data) or static (calibrates); float by default.")
+    ] = None,
+    embeddings: Annotated[
+        str | None, typer.Option("--embeddings", help="float, int8 or int4; int8 where --int8 is given.")
+    ] = None,
+    target: Annotated[
+        str, typer.Option("--target", help="avx2, avx512-vnni or arm64, for 8-bit ONNX graphs.")
+    ] = "avx512-vnni",
+    floor: Annotated[
+        float | None,
+        typer.Option("--floor", help="Share of the float score to keep, on a part of train; layers stay in float."),
+    ] = None,
+    task: Annotated[
+        str | None, typer.Option("--task", help="For calibration; by default the one in the folder's report.")
+    ] = None,
+    data: Annotated[str | None, typer.Option("--data", help="A local folder with the task's data.")] = None,
+    calibration: Annotated[int, typer.Option("--calibration", min=1, help="Training examples to calibrate on.")] = 256,
+    max_length: Annotated[
+        int | None,
+        typer.Option("--max-length", min=4, help="Tokens after which their text is cut; as in the report."),
+    ] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no logs.")] = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Export a checkpoint to ONNX Runtime or OpenVINO, in float or 8 bit."""
+    how = {"format": engine, "int8": int8, "embeddings": embeddings, "target": target, "floor": floor}
+    examples = {"task": task, "data": data, "calibration": calibration, "max_length": max_length}
+    _call("export", debug, directory=directory, output=output, how=how, **examples, quiet=quiet, as_json=as_json)
+
+
+@app.command()
+def verify(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A run's result.", show_default=False)],
+    original: Annotated[
+        str | None,
+        typer.Option("--original", help="The original, for the speed-up; by default from the run or the report."),
+    ] = None,
+    data: Annotated[str | None, typer.Option("--data", help="A local folder with the task's data.")] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no logs.")] = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Measure a result again and compare every figure of its report and card; exit code 1 if one does not hold."""
+    _call("verify", debug, directory=directory, original=original, data=data, quiet=quiet, as_json=as_json)
+
+
+@app.command()
+def compare(
+    directories: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Results of runs.", show_default=False)],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The page to write.")] = Path("comparison.html"),
+    debug: Debug = False,
+) -> None:
+    """Draw several results into one page."""
+    _call("compare", debug, directories=directories, output=output)
+
+
+@app.command()
 def card(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="A checkpoint folder.", show_default=False)],
     debug: Debug = False,
@@ -132,9 +195,9 @@ def _commands() -> Any:
     return commands
 
 
-def _guarded(body: Callable[[], None], debug: bool) -> int:
+def _guarded(body: Callable[[], bool | None], debug: bool) -> int:
     try:
-        body()
+        done = body()
         sys.stdout.flush()
     except KeyboardInterrupt:
         return _interrupted()
@@ -144,7 +207,7 @@ def _guarded(body: Callable[[], None], debug: bool) -> int:
         return FAILED
     except Exception as error:
         return _explain(error, debug)
-    return DONE
+    return FAILED if done is False else DONE
 
 
 def _explain(error: Exception, debug: bool) -> int:

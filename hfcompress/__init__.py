@@ -13,11 +13,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from hfcompress.methods import compress
     from hfcompress.methods.distillation import DistillationConfig
+    from hfcompress.methods.layer_dropping import LayerDroppingConfig
     from hfcompress.methods.low_rank import LowRankConfig
     from hfcompress.methods.quantization import QuantizationConfig
     from hfcompress.methods.structured_pruning import StructuredPruningConfig
     from hfcompress.methods.trainer import DistillationTrainer, PruningTrainer
     from hfcompress.methods.training import TrainingConfig
+    from hfcompress.methods.unstructured_pruning import UnstructuredPruningConfig
+    from hfcompress.methods.vocabulary import VocabularyConfig
 
 __version__ = version("hfcompress")
 
@@ -28,6 +31,9 @@ _HOMES = {
     "DistillationConfig": "hfcompress.methods.distillation",
     "LowRankConfig": "hfcompress.methods.low_rank",
     "QuantizationConfig": "hfcompress.methods.quantization",
+    "LayerDroppingConfig": "hfcompress.methods.layer_dropping",
+    "UnstructuredPruningConfig": "hfcompress.methods.unstructured_pruning",
+    "VocabularyConfig": "hfcompress.methods.vocabulary",
     "StructuredPruningConfig": "hfcompress.methods.structured_pruning",
     "DistillationTrainer": "hfcompress.methods.trainer",
     "PruningTrainer": "hfcompress.methods.trainer",
@@ -37,11 +43,14 @@ _HOMES = {
 __all__ = [
     "DistillationConfig",
     "DistillationTrainer",
+    "LayerDroppingConfig",
     "LowRankConfig",
     "PruningTrainer",
     "QuantizationConfig",
     "StructuredPruningConfig",
     "TrainingConfig",
+    "UnstructuredPruningConfig",
+    "VocabularyConfig",
     "compress",
 ]
 

@@ -10,18 +10,21 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from hfcompress.errors import CheckpointError, ConfigError, Problem
+from hfcompress.errors import CheckpointError, ConfigError, DataError, Problem
 
 if TYPE_CHECKING:
+    import torch
+
     from hfcompress.configuration import Config
+    from hfcompress.deployment import Pipeline
     from hfcompress.evaluation.report import Report
     from hfcompress.recipe import Recipe
 
@@ -82,10 +85,7 @@ def evaluate(
 
     _require_checkpoint(directory)
     recorded = _recorded(directory)
-    if (name := task or recorded.get("task")) is None:
-        problem = Problem(("--task",), "is required, because the folder holds no report that names one")
-        raise ConfigError("the command", (problem,))
-    chosen = get_task(name)
+    chosen = get_task(_task_name(task, recorded))
     length = max_length or recorded.get("max_length", 128)
     with _stdout_kept_clean(quiet):
         model = AutoModelForSequenceClassification.from_pretrained(directory)
@@ -108,16 +108,158 @@ def evaluate(
     _console().print(table)
 
 
+def export(
+    *,
+    directory: Path,
+    output: Path,
+    how: Mapping[str, Any],
+    task: str | None,
+    data: str | None,
+    calibration: int,
+    max_length: int | None,
+    quiet: bool,
+    as_json: bool,
+) -> None:
+    """Exports a checkpoint for another engine.
+
+    Raises:
+        HFCompressError: The folder holds no checkpoint, or it cannot be exported in this way.
+    """
+    from hfcompress.deployment import ExportConfig
+    from hfcompress.deployment import export as write
+
+    config = ExportConfig(**how)
+    _require_checkpoint(directory)
+    with _stdout_kept_clean(quiet):
+        batches, score = [], None
+        if config.int8 == "static" or config.floor is not None:
+            recorded = _recorded(directory)
+            name = _task_name(task, recorded)
+            length = max_length or recorded.get("max_length", 128)
+            batches, score = _export_data(directory, name, data, calibration, length, quiet)
+        made = write(directory, output, config, calibration=batches, score=score)
+    facts = {
+        "folder": str(made.folder),
+        "difference": made.difference,
+        "source_bytes": made.source_bytes,
+        "graph_bytes": made.graph_bytes,
+        "layers_in_int8": made.quantized,
+        "layers_in_float": len(made.in_float),
+        "score": made.score,
+        "float_score": made.float_score,
+    }
+    if as_json:
+        print(json.dumps(facts, indent=2, allow_nan=False))
+        return
+    table = Table(title=escape(f"{directory} for {config.format}"), show_header=False)
+    for key, value in facts.items():
+        shown = f"{value:,}" if isinstance(value, int) else f"{value:.3g}" if isinstance(value, float) else value
+        table.add_row(key.replace("_", " "), escape("n/a" if shown is None else shown))
+    _console().print(table)
+
+
+_SCORED_EXAMPLES = 1024
+
+
+def _export_data(
+    directory: Path, name: str, data: str | None, calibration: int, max_length: int, quiet: bool
+) -> tuple[list[dict[str, torch.Tensor]], Callable[[Pipeline], float]]:
+    """Returns calibration batches and a score, on two parts of the task's training data."""
+    import numpy as np
+    from transformers import AutoConfig, AutoTokenizer
+
+    from hfcompress.evaluation.metrics import score as measure
+    from hfcompress.tasks import align_labels, get_task, load_data, preprocess
+
+    chosen = get_task(name)
+    if chosen.training_split is None:
+        raise DataError(f"task '{name}' has no training data to calibrate on", hint="Choose a task that has.")
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    stock = AutoConfig.from_pretrained(directory)
+    label2id = cast("dict[str, int]", stock.label2id) if chosen.labels else None
+    ids = align_labels(chosen, label2id)
+    split = load_data(chosen, data, progress=not quiet)[chosen.training_split].shuffle(seed=0)
+    rows = split.select(range(min(len(split), calibration + _SCORED_EXAMPLES)))
+    rows = preprocess(rows, chosen, tokenizer, max_length=max_length, label2id=label2id)
+    size = 16
+    parts = [rows[start : start + size] for start in range(0, len(rows), size)]
+    inputs = [column for column in tokenizer.model_input_names if column in rows.column_names]
+    padded = [tokenizer.pad({column: part[column] for column in inputs}, return_tensors="pt") for part in parts]
+    edge = min(-(-calibration // size), len(padded) - 1)
+    held = [part["labels"] for part in parts[edge:]]
+    task_ids = {model_id: task_id for task_id, model_id in enumerate(ids)}
+
+    def score(pipeline: Pipeline) -> float:
+        batches = [{column: value.numpy() for column, value in batch.items()} for batch in padded[edge:]]
+        logits = np.concatenate([pipeline.run(batch) for batch in batches])
+        labels = [label for part in held for label in part]
+        metric = chosen.metrics[:1]
+        if not chosen.labels:
+            return measure(metric, logits[:, 0].tolist(), labels)[metric[0]]
+        found = [task_ids[index] for index in logits.argmax(-1).tolist()]
+        return measure(metric, found, [task_ids[label] for label in labels])[metric[0]]
+
+    return [dict(batch) for batch in padded[:edge]], score
+
+
+def verify(*, directory: Path, original: str | None, data: str | None, quiet: bool, as_json: bool) -> bool:
+    """Measures a result again, shows what holds and what does not, and returns whether nothing fails.
+
+    Raises:
+        HFCompressError: The folder holds no checkpoint with a report, or its task's data are not here.
+    """
+    from dataclasses import asdict
+
+    from hfcompress import verification
+
+    _require_checkpoint(directory)
+    with _stdout_kept_clean(quiet):
+        checks = verification.verify(directory, original=original, data=data, progress=not quiet)
+    whole = verification.holds(checks)
+    if as_json:
+        print(json.dumps({"holds": whole, "checks": [asdict(check) for check in checks]}, indent=2))
+        return whole
+    table = Table("figure", "", "found", title=escape(str(directory)))
+    colours = {"holds": "green", "fails": "bold red", "not checked": "yellow"}
+    for check in checks:
+        state = f"[{colours[check.state]}]{check.state}[/]"
+        table.add_row(escape(check.figure), state, escape(check.said))
+    console = _console()
+    console.print(table)
+    counted = {state: sum(check.state == state for check in checks) for state in colours}
+    console.print(", ".join(f"{count} {state}" for state, count in counted.items()))
+    return whole
+
+
+def compare(*, directories: Sequence[Path], output: Path) -> None:
+    """Draws several results into one page.
+
+    Raises:
+        HFCompressError: A folder holds no report.
+    """
+    from hfcompress.publishing import page_of_reports, read_report
+
+    names = [directory.resolve().name for directory in directories]
+    if len(set(names)) < len(names):
+        names = [str(directory) for directory in directories]
+    page = page_of_reports([(name, read_report(path)) for name, path in zip(names, directories, strict=True)])
+    try:
+        output.write_text(page, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError("the command", (Problem(("--output",), f"{output}: {error.strerror}"),)) from None
+    print(output)
+
+
 def card(*, directory: Path) -> None:
-    """Writes the model card of a checkpoint again.
+    """Writes the model card, its picture and the page of a checkpoint again.
 
     Raises:
         HFCompressError: The folder holds no checkpoint or no report.
     """
     _require_checkpoint(directory)
-    from hfcompress.publishing.model_card import write_card
+    from hfcompress.publishing import write_documents
 
-    print(write_card(directory))
+    print(write_documents(directory))
 
 
 def push(*, directory: Path, repository: str, private: bool) -> None:
@@ -200,6 +342,7 @@ def _show_result(report: Report, folder: Path) -> None:
     console.print(report.table())
     console.print(escape(f"checkpoint: {folder}"), soft_wrap=True)
     console.print(escape(f"card:       {folder / 'README.md'}"), soft_wrap=True)
+    console.print(escape(f"page:       {folder / 'report.html'}"), soft_wrap=True)
     console.print(escape(f"report:     {folder / REPORT_FILE}"), soft_wrap=True)
     print("\nimport hfcompress")
     print("from transformers import AutoModelForSequenceClassification")
@@ -230,6 +373,14 @@ def _recorded(directory: Path) -> dict[str, Any]:
     report = Report.from_json(file.read_text(encoding="utf-8"))
     length = report.recipe.get("max_length")
     return {"task": report.task} | ({"max_length": length} if isinstance(length, int) else {})
+
+
+def _task_name(task: str | None, recorded: Mapping[str, Any]) -> str:
+    name = task or recorded.get("task")
+    if name is None:
+        problem = Problem(("--task",), "is required, because the folder holds no report that names one")
+        raise ConfigError("the command", (problem,))
+    return name
 
 
 def _show_progress(quiet: bool) -> None:

@@ -47,6 +47,6 @@ def _explain(cls: type[Config], details: ErrorDetails) -> Problem:
     if details["type"] == "missing":
         return Problem(path, "is required")
     if details["type"] == "value_error":
-        return Problem(path, str(details["ctx"]["error"]))
+        return Problem(path, str(details.get("ctx", {}).get("error")))
     said = details["msg"].removeprefix("Input ")
     return Problem(path, f"{said}, not {details['input']!r}")

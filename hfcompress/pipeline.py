@@ -13,19 +13,26 @@ import shutil
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hfcompress.errors import DataError
-from hfcompress.evaluation.cost import Speed, measure_speed
+from hfcompress.evaluation.answer_book import AnswerBook
+from hfcompress.evaluation.comparison import Answers, compare
+from hfcompress.evaluation.cost import Speed, measure_speed, speed_inputs
 from hfcompress.evaluation.quality import evaluate_quality
 from hfcompress.evaluation.report import Report, Row, describe_environment, retention
+from hfcompress.evaluation.usage import Usage, measure_usage
 from hfcompress.methods.registry import Batch, Context, method_of
 from hfcompress.modeling.checkpoint import replace_directory, save
 from hfcompress.modeling.measure import count_parameters, weight_bytes
 from hfcompress.recipe import Recipe, Step
 from hfcompress.recipe.schema import is_local
 from hfcompress.run_folder import (
+    ANSWERS,
+    COSTS,
+    PREDICTIONS,
     RECORD,
     REPORT,
     fingerprint,
@@ -68,8 +75,8 @@ def run(recipe: Recipe, output: Path, quiet: bool = False) -> Report:
     with locked(work):
         bench = _Bench(recipe, work, quiet)
         done = bench.run_steps()
-        report = bench.report(done)
-        _publish(done[-1].checkpoint, report, output)
+        report, answers = bench.report(done)
+        _publish(done[-1].checkpoint, report, answers, output)
     if recipe.push is not None:
         from hfcompress.publishing.hub import push
 
@@ -97,7 +104,7 @@ class _Bench:
 
         self.recipe, self.work, self.quiet = recipe, work, quiet
         self.task: Task = get_task(recipe.task)
-        self.base = _find_model(recipe.model, progress=not quiet)
+        self.base = find_model(recipe.model, progress=not quiet)
         self.data: DatasetDict = load_data(self.task, recipe.data, progress=not quiet)
         self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(self.base)
         self.rows = {
@@ -136,7 +143,7 @@ class _Bench:
         if record is None:
             self._with_head()  # says so where there is no head to measure
             prepare(folder, self.start)
-            record = self._measure(self.base) | {"key": self.start, "seconds": 0.0, "findings": {}}
+            record = self._measure(self.base, folder, self.start) | {"key": self.start, "seconds": 0.0, "findings": {}}
             write_json(folder / RECORD, record)
         return _Done("original", (), self.base, folder, self.start, record)
 
@@ -156,12 +163,12 @@ class _Bench:
         save(model, checkpoint, tokenizer=self.tokenizer)
         shutil.rmtree(folder / "training", ignore_errors=True)
         del model
-        record = self._measure(checkpoint) | {"key": key, "seconds": seconds, "findings": findings}
+        record = self._measure(checkpoint, folder, key) | {"key": key, "seconds": seconds, "findings": findings}
         write_json(folder / RECORD, record)
         return record
 
-    def _measure(self, checkpoint: Path) -> dict[str, Any]:
-        """Judges what a user would load, never what is left in memory."""
+    def _measure(self, checkpoint: Path, folder: Path, key: str) -> dict[str, Any]:
+        """Judges what a user would load, never what is left in memory; the answers are kept in `folder`."""
         model = self._load_from(checkpoint)
         quality = evaluate_quality(
             model,
@@ -171,6 +178,7 @@ class _Bench:
             batch_size=self.recipe.evaluation.batch_size,
             progress=not self.quiet,
         )
+        write_json(folder / ANSWERS, {"key": key, "answers": asdict(quality.answers)})
         return {
             "metrics": quality.metrics,
             "examples": quality.examples,
@@ -275,11 +283,11 @@ class _Bench:
 
     # The report
 
-    def report(self, done: Sequence[_Done]) -> Report:
+    def report(self, done: Sequence[_Done]) -> tuple[Report, list[Answers]]:
         """Compares every step with the original: the model after the leading fine-tuning step, or the base."""
+        answers = [self._answers(each) for each in done]
         original = done[0].record
         primary = self.task.metrics[0]
-        speeds = self._speeds(done)
         rows = tuple(
             Row(
                 name=each.name,
@@ -291,10 +299,12 @@ class _Bench:
                 speed=speed,
                 seconds=each.record["seconds"],
                 findings=each.record["findings"],
+                comparison=compare(answers[0], given, self.task) if each is not done[0] else None,
+                usage=usage,
             )
-            for each, speed in zip(done, speeds, strict=True)
+            for each, given, (speed, usage) in zip(done, answers, self._costs(done), strict=True)
         )
-        return Report(
+        report = Report(
             name=self.recipe.name,
             base_model=_without_folders(self.recipe.model),
             task=self.task.name,
@@ -306,6 +316,16 @@ class _Bench:
             seed=self.recipe.seed,
             rows=rows,
         )
+        return report, answers
+
+    def _answers(self, done: _Done) -> Answers:
+        """Returns what a model answered when it was measured; it is measured again where that was lost."""
+        kept = read_json(done.folder / ANSWERS)
+        if not kept or kept["key"] != done.key:
+            done.record.update(self._measure(done.checkpoint, done.folder, done.key))
+            write_json(done.folder / RECORD, done.record)
+            kept = read_json(done.folder / ANSWERS)
+        return Answers(**kept["answers"])
 
     def _published_recipe(self) -> dict[str, Any]:
         """Returns the recipe without the folders of this machine."""
@@ -314,49 +334,45 @@ class _Bench:
             values[field] = _without_folders(values[field], always=field == "data")
         return values
 
-    def _speeds(self, done: Sequence[_Done]) -> list[Speed | None]:
+    def _costs(self, done: Sequence[_Done]) -> list[tuple[Speed | None, Usage]]:
         """Times each step's model beside the original; kept with the step, since it is a measurement."""
-        import torch
-
         asked = self.recipe.evaluation
         original = None
-        speeds: list[Speed | None] = [None]
-        for each in done[1:]:
-            file = each.folder / "speed.json"
+        costs: list[tuple[Speed | None, Usage]] = []
+        for each in done:
+            file = each.folder / COSTS
             key = key_of(each.key, asked.model_dump(), describe_environment())
             known = read_json(file)
             if known and known["key"] == key:
-                speeds.append(Speed(**known["speed"]))
+                costs.append((known["speed"] and Speed(**known["speed"]), Usage(**known["usage"])))
                 continue
             logger.info("timing %s", each.name)
             original = original or self._load_from(done[0].checkpoint)
-            vocabulary = original.config.vocab_size
-            ids = torch.randint(
-                0,
-                vocabulary,
-                (asked.speed_batch_size, asked.speed_sequence_length),
-                generator=torch.Generator().manual_seed(0),
-            )
-            inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-            speed = measure_speed(original, self._load_from(each.checkpoint), inputs, repeats=asked.speed_repeats)
-            write_json(file, {"key": key, "speed": asdict(speed)})
-            speeds.append(speed)
-        return speeds
+            inputs = speed_inputs(original.config.vocab_size, asked.speed_batch_size, asked.speed_sequence_length)
+            speed = None
+            if each is not done[0]:
+                speed = measure_speed(original, self._load_from(each.checkpoint), inputs, repeats=asked.speed_repeats)
+            usage = measure_usage(partial(self._load_from, each.checkpoint), inputs)
+            write_json(file, {"key": key, "speed": speed and asdict(speed), "usage": asdict(usage)})
+            costs.append((speed, usage))
+        return costs
 
 
-def _publish(checkpoint: Path, report: Report, output: Path) -> None:
+def _publish(checkpoint: Path, report: Report, answers: Sequence[Answers], output: Path) -> None:
     """Makes the result's folder beside its place and moves it there whole."""
-    from hfcompress.publishing.model_card import write_card
+    from hfcompress.publishing import write_documents
 
-    partial = output.with_name(f".{output.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    shutil.copytree(checkpoint, partial, copy_function=_link_or_copy)
+    scratch = output.with_name(f".{output.name}.partial")
+    shutil.rmtree(scratch, ignore_errors=True)
+    shutil.copytree(checkpoint, scratch, copy_function=_link_or_copy)
     try:
-        report.save(partial / REPORT)
-        write_card(partial, report)
-        replace_directory(partial, output)
+        report.save(scratch / REPORT)
+        book = AnswerBook.of_run(report, answers)
+        (scratch / PREDICTIONS).write_text(book.to_json(), encoding="utf-8")
+        write_documents(scratch, report)
+        replace_directory(scratch, output)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _link_or_copy(source: str, target: str) -> str:
@@ -368,7 +384,12 @@ def _link_or_copy(source: str, target: str) -> str:
     return target
 
 
-def _find_model(name: str, *, progress: bool) -> Path:
+def find_model(name: str, *, progress: bool) -> Path:
+    """Returns the folder of a recipe's model, fetched where it is not here.
+
+    Raises:
+        DataError: A local folder holds no checkpoint.
+    """
     if is_demo_model(name):
         return fetch_model(name, progress=progress)
     if is_local(name):

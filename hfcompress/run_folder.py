@@ -18,7 +18,10 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 REPORT = "report.json"
+PREDICTIONS = "predictions.json"
 RECORD = "step.json"
+ANSWERS = "answers.json"
+COSTS = "costs.json"
 
 
 def refuse_foreign(output: Path) -> None:

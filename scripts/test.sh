@@ -17,3 +17,8 @@ fi
 "$python" -m ruff format --check .
 "$python" -m pyright
 "$python" -m pytest -n 2 -q "${selection[@]}" "$@"
+if [[ ${#selection[@]} -gt 0 ]]; then
+    # The engines of the exports live in an environment of their own; .venv skips their tests.
+    bash scripts/environment_export.sh -m pytest -q "${selection[@]}" tests/deployment tests/test_runtime.py \
+        tests/test_commands.py -k "deployment or runtime or export"
+fi

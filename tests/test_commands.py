@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from typer.testing import CliRunner
 import hfcompress_cli
 from hfcompress import commands
 from hfcompress.errors import DataError, HubError
+from tests.workshop import save_data, save_model
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPE = """\
@@ -83,7 +85,7 @@ def test_help_takes_less_than_half_a_second() -> None:
 
 def test_help_names_every_command() -> None:
     shown = hfcompress("--help").stdout
-    for name in ("run", "evaluate", "card", "push", "methods", "version"):
+    for name in ("run", "evaluate", "export", "card", "push", "methods", "version"):
         assert name in shown
 
 
@@ -208,7 +210,12 @@ def test_version() -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    [["evaluate", "FOLDER", "--task", "sst2"], ["card", "FOLDER"], ["push", "FOLDER", "org/name"]],
+    [
+        ["evaluate", "FOLDER", "--task", "sst2"],
+        ["export", "FOLDER", "-o", "x"],
+        ["card", "FOLDER"],
+        ["push", "FOLDER", "org/name"],
+    ],
     ids=lambda arguments: arguments[0],
 )
 def test_a_folder_that_is_no_checkpoint_is_2(arguments: list[str], tmp_path: Path) -> None:
@@ -222,3 +229,33 @@ def test_a_repository_without_an_owner_is_2(tmp_path: Path) -> None:
     done = invoke("push", tmp_path, "name-only")
     assert done.exit_code == 2
     assert "repo: should be org/name, not 'name-only'" in done.stderr
+
+
+def test_a_wrong_way_to_export_is_2_with_all_problems(tmp_path: Path) -> None:
+    done = invoke("export", tmp_path, "-o", tmp_path / "out", "--format", "tflite", "--int8", "half")
+    assert (done.exit_code, done.stdout) == (2, "")
+    assert "format: should be 'onnx' or 'openvino', not 'tflite'" in done.stderr and "int8: " in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_static_export_without_a_task_is_2(tmp_path: Path) -> None:
+    folder = save_model(tmp_path / "model")
+    done = invoke("export", folder, "-o", tmp_path / "out", "--int8", "static")
+    assert done.exit_code == 2
+    assert "--task: is required" in done.stderr and not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(
+    not (find_spec("onnx") and find_spec("onnxscript") and find_spec("onnxruntime")),
+    reason="the extra 'onnx' is not installed",
+)
+@pytest.mark.filterwarnings("ignore:::(onnx|onnxscript|onnxruntime|torch|copyreg)")
+def test_an_export_with_a_floor_is_told_as_json(tmp_path: Path) -> None:
+    folder = save_model(tmp_path / "model")
+    data = save_data(tmp_path / "data")
+    how = ["--int8", "static", "--floor", "0.5", "--task", "sst2", "--data", data, "--calibration", "32"]
+    done = invoke("export", folder, "-o", tmp_path / "out", *how, "--max-length", "16", "--json", "--quiet")
+    assert done.exit_code == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert told["difference"] < 1e-5 and told["score"] >= 0.5 * told["float_score"] > 0
+    assert told["graph_bytes"] == (tmp_path / "out" / "model.onnx").stat().st_size

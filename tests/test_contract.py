@@ -8,9 +8,18 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
 
-from hfcompress import LowRankConfig, QuantizationConfig, StructuredPruningConfig, compress
+from hfcompress import (
+    LayerDroppingConfig,
+    LowRankConfig,
+    QuantizationConfig,
+    StructuredPruningConfig,
+    UnstructuredPruningConfig,
+    compress,
+)
 from hfcompress.configuration import Config
+from hfcompress.methods.layer_dropping import LayerDroppingConfig
 from hfcompress.methods.registry import methods
+from hfcompress.methods.unstructured_pruning import UnstructuredPruningConfig
 from hfcompress.modeling.anatomy import attention_blocks
 
 # How far each family that takes text for classification can be made small; the rest is in modeling/test_families.
@@ -31,15 +40,23 @@ SMALL = {
 }
 # One config a method that works at once: a new method is found by the registry and must be added here.
 AT_ONCE: dict[str, Config] = {
+    "layer_dropping": LayerDroppingConfig(),
+    "unstructured_pruning": UnstructuredPruningConfig(),
     "structured_pruning": StructuredPruningConfig(heads=0.4, neurons=0.3),
+    "layer_dropping": LayerDroppingConfig(drop=1),
+    "unstructured_pruning": UnstructuredPruningConfig(sparsity=0.5),
     "low_rank": LowRankConfig(keep=0.6),
     "quantization": QuantizationConfig(weights="nf4-double", embeddings="int4"),
 }
+# These change the tokenizer with the model, and have round trips of their own in their tests.
+WITH_TOKENIZER = {"vocabulary"}
 CHAINS = [
     *([name] for name in AT_ONCE),
+    ["layer_dropping", "structured_pruning", "quantization"],
     ["structured_pruning", "low_rank"],
     ["low_rank", "structured_pruning"],
     ["structured_pruning", "low_rank", "quantization"],
+    ["layer_dropping", "structured_pruning", "unstructured_pruning", "low_rank", "quantization"],
 ]
 
 
@@ -66,7 +83,8 @@ def reload(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
 
 
 def test_no_method_is_missing_here() -> None:
-    assert set(AT_ONCE) == {name for name, method in methods().items() if method.apply}
+    with_texts = {"vocabulary"}  # works on model and tokenizer together: see methods/test_vocabulary
+    assert set(AT_ONCE) | with_texts == {name for name, method in methods().items() if method.apply}
 
 
 @pytest.mark.parametrize("family", FAMILIES)

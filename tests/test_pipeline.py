@@ -13,6 +13,7 @@ from transformers import AutoModelForSequenceClassification
 
 from hfcompress import pipeline
 from hfcompress.errors import DataError, RunFolderError
+from hfcompress.evaluation.answer_book import AnswerBook, seal
 from hfcompress.evaluation.report import Report
 from hfcompress.recipe import Recipe, load_recipe
 from tests.workshop import batches, logits, save_data, save_model
@@ -65,11 +66,20 @@ def test_a_run_ends_with_a_checkpoint_that_plain_transformers_loads(finished: tu
     output, report = finished
     assert [row.name for row in report.rows] == ["fine_tune", "prune", "low_rank", "quantization"]
     assert report.rows[0].retention == 1.0 and report.rows[0].speed is None
-    assert (
-        report.rows[-1].bytes < report.rows[0].bytes == (output.parent / "model" / "model.safetensors").stat().st_size
-    )
+    weights = output.parent / "whole.work" / "1-fine_tune" / "checkpoint" / "model.safetensors"
+    assert report.rows[-1].bytes < report.rows[0].bytes == weights.stat().st_size
     assert report.rows[-1].speed is not None and report.rows[-1].speed.ratio > 0
     assert report == Report.from_json((output / "report.json").read_text())
+    book = AnswerBook.from_json((output / "predictions.json").read_text())
+    assert book.report == seal((output / "report.json").read_text())
+    assert [row.name for row in book.rows] == [row.name for row in report.rows]
+    assert report.rows[0].comparison is None and report.rows[0].usage is not None
+    for row in report.rows[1:]:
+        assert row.comparison is not None and row.usage is not None
+        lost = row.metrics["accuracy"] - report.rows[0].metrics["accuracy"]
+        assert row.comparison.differences["accuracy"].value == lost
+    assert "quantized linear layers" in report.rows[-1].usage.parts
+    assert (output / "report.html").is_file() and (output / "pictures" / "quality.png").is_file()
     model = AutoModelForSequenceClassification.from_pretrained(output)
     assert torch.isfinite(logits(model, batches(1)[0])).all()
     card = (output / "README.md").read_text()
@@ -83,6 +93,14 @@ def test_a_second_run_does_no_step_again(
     output, report = finished
     monkeypatch.setattr(pipeline._Bench, "_do", lambda *a, **k: pytest.fail("a finished step was done again"))
     assert comparable(pipeline.run(recipe(place), output, quiet=True)) == comparable(report)
+
+
+def test_lost_answers_are_asked_for_again(place: Path, finished: tuple[Path, Report]) -> None:
+    output, report = finished
+    (place / "whole.work" / "2-prune" / "answers.json").unlink()
+    again = pipeline.run(recipe(place), output, quiet=True)
+    assert comparable(again) == comparable(report)
+    assert again.rows[1].comparison == report.rows[1].comparison
 
 
 def test_a_changed_step_is_done_again_with_all_after_it(place: Path, finished: tuple[Path, Report]) -> None:

@@ -47,6 +47,15 @@ class Speed:
     repeats: int
 
 
+def speed_inputs(vocabulary: int, batch_size: int, sequence_length: int) -> dict[str, torch.Tensor]:
+    """Returns the batch that costs are measured on: random tokens, the same ones every time, and no padding."""
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, vocabulary, (batch_size, sequence_length), generator=generator)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
 def measure_speed(
     original: nn.Module, compressed: nn.Module, inputs: Mapping[str, torch.Tensor], *, repeats: int = 20
 ) -> Speed:

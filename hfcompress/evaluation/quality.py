@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
 from hfcompress.errors import CompressionError, DataError
+from hfcompress.evaluation.comparison import CONFIDENCE_DIGITS, Answers
 from hfcompress.evaluation.inference import inferring
 from hfcompress.evaluation.metrics import score
 from hfcompress.tasks import Task, align_labels
@@ -29,12 +30,21 @@ class Quality:
         primary: The metric that retention is computed on.
         examples: How many rows were measured.
         predictions: One a row, in the dataset's order: label ids of the task, or numbers in regression.
+        references: The right ones.
+        confidences: The probability given to each prediction; nothing in regression.
     """
 
     metrics: dict[str, float]
     primary: str
     examples: int
     predictions: Predictions
+    references: Predictions
+    confidences: list[float]
+
+    @property
+    def answers(self) -> Answers:
+        """The answers, for a comparison with another model's."""
+        return Answers(predictions=self.predictions, references=self.references, confidences=self.confidences)
 
     @property
     def value(self) -> float:
@@ -81,6 +91,7 @@ def evaluate_quality(
         raise DataError(f"task '{task.name}' needs {outputs} outputs; the model has {model.config.num_labels}")
     logits = _predict(model, dataset, tokenizer, batch_size=batch_size, progress=progress)
     references = list(dataset["labels"])
+    confidences: list[float] = []
     if task.kind == "regression":
         predictions = logits[:, 0].tolist()
     else:
@@ -88,15 +99,19 @@ def evaluate_quality(
         task_ids = {model_id: task_id for task_id, model_id in enumerate(ids)}
         predictions = [task_ids[number] for number in logits.argmax(-1).tolist()]
         references = [task_ids[number] for number in references]
+        confidences = [round(share, CONFIDENCE_DIGITS) for share in logits.double().softmax(-1).amax(-1).tolist()]
     return Quality(
-        metrics=_score(task, predictions, references),
+        metrics=score_task(task, predictions, references),
         primary=task.metrics[0],
         examples=len(predictions),
         predictions=predictions,
+        references=references,
+        confidences=confidences,
     )
 
 
-def _score(task: Task, predictions: Predictions, references: Predictions) -> dict[str, float]:
+def score_task(task: Task, predictions: Predictions, references: Predictions) -> dict[str, float]:
+    """Returns a task's metrics of some predictions, GLUE's as `evaluate` computes them."""
     if task.dataset != GLUE_DATASET:
         return score(task.metrics, predictions, references)
     from hfcompress.evaluation.glue import Glue

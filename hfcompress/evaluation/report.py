@@ -7,24 +7,22 @@ import math
 import os
 import platform
 import tempfile
-from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 
 from hfcompress.errors import CheckpointError
+from hfcompress.evaluation.comparison import Comparison
 from hfcompress.evaluation.cost import Speed
+from hfcompress.evaluation.records import STRICT, Count, Figure, plain
+from hfcompress.evaluation.usage import Usage
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-# JSON has no NaN: an undefined figure is null in the file.
-Figure = Annotated[float, BeforeValidator(lambda value: math.nan if value is None else value)]
-Count = Annotated[int, Field(ge=0)]
-_STRICT = ConfigDict(strict=True, extra="forbid")
 _NOT_AVAILABLE = "n/a"
 
 
@@ -42,9 +40,11 @@ class Row:
         speed: Measured beside the original, or None where it was not.
         seconds: What the step took.
         findings: What each method found out (JSON values), by method.
+        comparison: Its answers beside the original's; None for the original itself, or where none were kept.
+        usage: What a pass of it takes, or None where it was not measured.
     """
 
-    __pydantic_config__ = _STRICT
+    __pydantic_config__ = STRICT
 
     name: str
     methods: tuple[str, ...]
@@ -55,6 +55,8 @@ class Row:
     speed: Speed | None
     seconds: Figure
     findings: dict[str, Any]
+    comparison: Comparison | None = None
+    usage: Usage | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +77,7 @@ class Report:
         rows: The original, the model after every step, and last the result.
     """
 
-    __pydantic_config__ = _STRICT
+    __pydantic_config__ = STRICT
 
     format: Literal[1] = 1
     name: str
@@ -96,7 +98,7 @@ class Report:
 
     def to_json(self) -> str:
         """Returns the report as JSON text; what is not a finite number becomes null."""
-        return json.dumps(_plain(asdict(self)), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+        return json.dumps(plain(asdict(self)), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> Report:
@@ -202,17 +204,6 @@ def _umask() -> int:
 
 def _refuse_constant(constant: str) -> None:
     raise ValueError(f"{constant} is no JSON number")
-
-
-def _plain(value: Any) -> Any:
-    """Turns numbers that JSON does not have into null, however deep."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return [_plain(item) for item in value]
-    return value
 
 
 def _ratio(original: int, compressed: int) -> float:

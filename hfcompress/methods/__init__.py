@@ -5,13 +5,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TypeVar
 
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hfcompress.configuration import Config
 from hfcompress.errors import CompressionError
 
 # Importing a method's file registers it.
-from hfcompress.methods import distillation, low_rank, quantization, structured_pruning  # noqa: F401
+from hfcompress.methods import (  # noqa: F401
+    distillation,
+    layer_dropping,
+    low_rank,
+    quantization,
+    structured_pruning,
+    unstructured_pruning,
+    vocabulary,
+)
 from hfcompress.methods.registry import Batch, Context, method_of
 
 __all__ = ["compress"]
@@ -19,7 +27,14 @@ __all__ = ["compress"]
 ModelT = TypeVar("ModelT", bound=PreTrainedModel)
 
 
-def compress(model: ModelT, configs: Sequence[Config], *, calibration: Sequence[Batch] = ()) -> ModelT:
+def compress(
+    model: ModelT,
+    configs: Sequence[Config],
+    *,
+    calibration: Sequence[Batch] = (),
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    texts: Sequence[str] = (),
+) -> ModelT:
     """Compresses a model in place by methods that need no training, in the order given.
 
     Args:
@@ -27,6 +42,8 @@ def compress(model: ModelT, configs: Sequence[Config], *, calibration: Sequence[
         configs: One method's config each.
         calibration: Batches of model inputs, as a tokenizer returns them; with `labels`, pruning ranks units by
             the loss.
+        tokenizer: For methods that change the vocabulary; changed in place, to be saved with the model.
+        texts: Texts that such a method must leave as they are cut.
 
     Returns:
         The same model; plain `save_pretrained` writes it.
@@ -48,7 +65,7 @@ def compress(model: ModelT, configs: Sequence[Config], *, calibration: Sequence[
             raise CompressionError(
                 f"{method.name} cannot follow {earlier[0]}: it needs float weights", hint="Quantize last."
             )
-    context = Context(calibration=calibration)
+    context = Context(calibration=calibration, tokenizer=tokenizer, texts=texts)
     for method, config in zip(chosen, configs, strict=True):
         assert method.apply is not None
         method.apply(model, config, context)

@@ -2,118 +2,329 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Self
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, Self
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field, model_validator
 from transformers import PreTrainedModel
 
 from hfcompress.configuration import Config
 from hfcompress.errors import CompressionError
 from hfcompress.methods.registry import Context, Method, register
-from hfcompress.methods.training import Part
+from hfcompress.methods.teaching.cache import TeacherCache
+from hfcompress.methods.teaching.checks import check_rows, label_order
+from hfcompress.methods.teaching.filling import fill
+from hfcompress.methods.teaching.intermediate import Intermediate, Weights
+from hfcompress.methods.teaching.losses import (
+    OUTPUT_LOSSES,
+    logit_mse,
+    multi_label,
+    soft_label_loss,
+    top_k_forward_kl,
+    weighted_mean,
+)
+from hfcompress.methods.teaching.signals import (
+    Asked,
+    LiveTeacher,
+    Signals,
+    at_positions,
+    example_weights,
+    positions,
+)
+from hfcompress.methods.training import EXAMPLE_ID, Part, Rows
+
+__all__ = ["DistillationConfig", "DistillationPart", "soft_label_loss"]
+
+CACHE_FOLDER = "teacher_cache"
 
 
 class DistillationConfig(Config):
-    """What the student learns from.
+    """What the student learns from. A weight of 0 leaves a term out.
 
     Attributes:
         temperature: Softens both distributions before they are compared.
         soft: Weight of the loss on the teacher's outputs.
         hard: Weight of the loss on the labels.
+        soft_loss: How outputs are compared: `forward_kl`, `reverse_kl`, `jensen_shannon`, or `mse` of the logits.
+            Regression takes the squared error and several labels at once binary cross-entropy.
+        hidden: Weight of the loss on hidden states; where widths differ, learned projections go between.
+        hidden_loss: How hidden states are compared: `mse` or `cosine`.
+        attention: Weight of the loss on attention maps, which need as many heads in the student as in the teacher;
+            both models compute attention eagerly then, which is slower.
+        relations: Weight of MiniLMv2's loss on how queries, keys and values relate; heads may differ in number.
+        relation_heads: Relation heads; by default as many as the teacher's layer has heads.
+        relation_layers: The student's layer and the teacher's whose relations are compared; by default the last
+            ones.
+        embeddings: Weight of the loss on what comes out of the embeddings, compared as hidden states are.
+        layers: Which of the student's layers learn from which of the teacher's, for hidden states and attention:
+            `uniform`, `last`, `skip`, or pairs such as [[1, 2], [2, 4]].
+        stage: Share of the steps in which only hidden states, attention, relations and embeddings are learnt; the
+            outputs and labels have the steps after it for themselves. 0 learns all together.
+        teacher_weights: How much each of several teachers counts for the outputs; alike by default. Only the first
+            teaches what lies between.
+        cache: Keeps the teacher's outputs (and the hidden states that are compared) on disk, so that it runs over
+            each row once and needs no memory in training; the rows must be the same in each epoch.
+        cache_top_k: With `cache`, keeps only so many of the largest probabilities, for large vocabularies; the
+            rest counts as one. 64 of them take 384 bytes a token.
     """
 
     temperature: float = Field(2.0, gt=0, le=100)
     soft: float = Field(0.5, ge=0, le=1000)
     hard: float = Field(0.5, ge=0, le=1000)
+    soft_loss: Literal["forward_kl", "reverse_kl", "jensen_shannon", "mse"] = "forward_kl"
+    hidden: float = Field(0.0, ge=0, le=1000)
+    hidden_loss: Literal["mse", "cosine"] = "mse"
+    attention: float = Field(0.0, ge=0, le=1000)
+    relations: float = Field(0.0, ge=0, le=1000)
+    relation_heads: int | None = Field(None, ge=1, le=4096)
+    relation_layers: tuple[int, int] | None = None
+    embeddings: float = Field(0.0, ge=0, le=1000)
+    layers: Literal["uniform", "last", "skip"] | tuple[tuple[int, int], ...] = "uniform"
+    stage: float = Field(0.0, ge=0, le=1)
+    teacher_weights: tuple[float, ...] = Field((), strict=False)
+    cache: bool = False
+    cache_top_k: int | None = Field(None, ge=1, le=1_000_000)
+
+    @property
+    def between(self) -> Weights:
+        """The weights of what lies between inputs and outputs."""
+        return Weights(self.hidden, self.attention, self.relations, self.embeddings)
 
     @model_validator(mode="after")
     def _something_to_learn(self) -> Self:
-        if self.soft == 0 and self.hard == 0:
-            raise ValueError("soft and hard are both 0: there is nothing to learn from")
+        if self.soft == 0 and self.hard == 0 and not any(self.between):
+            raise ValueError("all weights, soft and hard too, are 0: there is nothing to learn from")
+        return self
+
+    @model_validator(mode="after")
+    def _stages_have_work(self) -> Self:
+        if self.stage > 0 and not any(self.between):
+            raise ValueError("stage: there is nothing to learn first: give hidden, attention, relations or embeddings")
+        if 0 < self.stage < 1 and self.soft == 0 and self.hard == 0:
+            raise ValueError("stage: there is nothing to learn after it: soft and hard are both 0")
+        return self
+
+    @model_validator(mode="after")
+    def _cache_can_hold_it(self) -> Self:
+        if self.cache and (self.attention or self.relations):
+            raise ValueError("cache: attention and relations are not cached; set them to 0, or cache to false")
+        if self.cache_top_k and not (self.cache and self.soft_loss == "forward_kl"):
+            raise ValueError("cache_top_k needs cache: true and soft_loss: forward_kl")
+        return self
+
+    @model_validator(mode="after")
+    def _teachers_count(self) -> Self:
+        if self.teacher_weights and (min(self.teacher_weights) < 0 or sum(self.teacher_weights) == 0):
+            raise ValueError("teacher_weights must not be negative, and at least one must be more than 0")
         return self
 
 
-def soft_label_loss(student: torch.Tensor, teacher: torch.Tensor, temperature: float) -> torch.Tensor:
-    """Kullback-Leibler divergence of the student's distribution from the teacher's (Hinton et al. 2015).
+class DistillationPart(Part):
+    """Adds what teachers teach to training.
 
     Args:
-        student: Logits, `(..., classes)`.
-        teacher: Logits of the same shape.
-        temperature: Divides both; the loss is multiplied by its square, so that the size of the gradients does
-            not depend on it.
-
-    Returns:
-        The mean over all leading positions, float32.
+        config: What is learnt.
+        teacher: One teacher, or several; they are frozen and put in evaluation mode.
+        cache_dir: Where outputs are kept with `config.cache`; by default in the training's output folder.
     """
-    log_student = F.log_softmax(student.float() / temperature, dim=-1)
-    log_teacher = F.log_softmax(teacher.float() / temperature, dim=-1)
-    divergence = F.kl_div(log_student, log_teacher, reduction="none", log_target=True).sum(-1)
-    return divergence.mean() * temperature**2
 
-
-class DistillationPart(Part):
-    """Adds the distillation loss to training."""
-
-    def __init__(self, config: DistillationConfig, teacher: PreTrainedModel) -> None:
+    def __init__(
+        self,
+        config: DistillationConfig,
+        teacher: PreTrainedModel | Sequence[PreTrainedModel],
+        cache_dir: Path | None = None,
+    ) -> None:
         self.config = config
         self.label_weight = config.hard
-        self.teacher = teacher.eval().requires_grad_(False)
-        self._order: torch.Tensor | None = None
-        self._regression = False
+        self.numbered = config.cache
+        self.teachers = [teacher] if isinstance(teacher, PreTrainedModel) else list(teacher)
+        for each in self.teachers:
+            each.eval().requires_grad_(False)
+        self._names = [type(each).__name__ for each in self.teachers]
+        weights = config.teacher_weights or (1.0,) * len(self._names)
+        if len(weights) != len(self._names):
+            raise CompressionError(f"teacher_weights has {len(weights)} entries for {len(self._names)} teachers")
+        self._shares = [weight / sum(weights) for weight in weights]
+        self._cache_dir = cache_dir
+        self._sources: list[LiveTeacher | TeacherCache] = []
+        self._orders: list[list[int] | None] = []
+        self._between: Intermediate | None = None
+        self._model: PreTrainedModel | None = None
+        self._step, self._stage_steps = 0, 0
 
-    def begin(self, model: PreTrainedModel, total_steps: int, device: torch.device) -> None:
-        """Matches the teacher's labels to the student's by name.
+    # Before training
+
+    def before_training(self, model: PreTrainedModel, rows: Rows | None) -> None:
+        """Checks models and rows, and fills the cache where there is to be one.
 
         Raises:
-            CompressionError: Their labels or vocabularies differ.
+            CompressionError: The models cannot be compared, or the cache cannot be made.
+            DataError: The rows have no labels that the model could learn.
         """
-        self.teacher.to(device)
-        student, teacher = model.config, self.teacher.config
-        if getattr(student, "vocab_size", None) != getattr(teacher, "vocab_size", None):
+        if rows is not None:
+            check_rows(rows.dataset, model, needs_labels=self.config.hard > 0)
+        if self._sources and self._model is model:
+            return
+        self._match(model)
+        if not self.config.cache:
+            return
+        if rows is None:
+            raise CompressionError("a training set that is a stream cannot be cached", hint="Set cache: false.")
+        root = self._cache_dir or rows.folder / CACHE_FOLDER
+        for index, asked in enumerate(self._asked()):
+            teacher = self.teachers[index].to(rows.device)  # type: ignore[arg-type]
+            made = fill(teacher, asked, rows, root, top_k=self.config.cache_top_k, temperature=self.config.temperature)
+            self._sources.append(made)
+        self.teachers = []  # they need no memory from here on
+
+    def _match(self, model: PreTrainedModel) -> None:
+        if not self.teachers:
             raise CompressionError(
-                f"the teacher's vocabulary has {teacher.vocab_size} tokens, the student's {student.vocab_size}",
-                hint="Teacher and student must share a tokenizer.",
+                "this part has trained another student with its cache, and its teachers are gone",
+                hint="Make a new part for a new student.",
             )
-        self._regression = student.num_labels == 1
-        names, theirs = _label_names(student), _label_names(teacher)
-        if set(names) != set(theirs):
+        for source in self._sources:
+            source.close()
+        self._model, self._sources = model, []
+        self._orders = [label_order(model, teacher) for teacher in self.teachers]
+        self._between = Intermediate(self.config, model, self.teachers[0]) if any(self.config.between) else None
+        if self.config.cache and self._between and model.config.is_encoder_decoder:
             raise CompressionError(
-                f"the teacher's labels ({', '.join(theirs)}) are not the student's ({', '.join(names)})",
-                hint="Fine-tune the teacher on the same task, or name its labels alike in its config's id2label.",
+                "hidden states of encoder-decoders are not cached", hint="Set hidden and embeddings to 0, or no cache."
             )
-        self._order = torch.tensor([theirs.index(name) for name in names], device=device)
+
+    def _asked(self) -> list[Asked]:
+        first = self._between.asked if self._between else Asked()
+        return [first] + [Asked()] * (len(self.teachers) - 1)
+
+    def parameters(self) -> Sequence[torch.nn.Parameter]:
+        """Returns the projections' weights."""
+        return self._between.parameters() if self._between else ()
+
+    def begin(self, model: PreTrainedModel, total_steps: int, device: torch.device) -> None:
+        """Makes teachers and student ready.
+
+        Raises:
+            CompressionError: Their labels, vocabularies or layers cannot be matched.
+        """
+        if self._model is not model:
+            self._match(model)
+        if not self._sources:
+            for teacher in self.teachers:
+                if teacher.device != device:
+                    teacher.to(device)  # type: ignore[arg-type]
+            pairs = zip(self.teachers, self._asked(), strict=True)
+            self._sources = [LiveTeacher(teacher, asked) for teacher, asked in pairs]
+        if self._between:
+            self._between.begin(model, device)
+        self._stage_steps = round(total_steps * self.config.stage)
+        self._at_step(0)
+
+    def _at_step(self, step: int) -> None:
+        self._step = step
+        self.label_weight = 0.0 if self._first_stage else self.config.hard
+
+    @property
+    def _first_stage(self) -> bool:
+        return self._step < self._stage_steps
+
+    # In training
+
+    def forward_arguments(self) -> Mapping[str, Any]:
+        """Asks the student for what lies between, while it is compared."""
+        return self._between.student_asked.arguments if self._between and self._compares_between else {}
+
+    @property
+    def _compares_between(self) -> bool:
+        return self._between is not None and (self._first_stage or self._stage_steps == 0)
+
+    def items(self, inputs: Mapping[str, Any]) -> torch.Tensor | None:
+        """Counts the outputs that are compared."""
+        return example_weights(self._student, inputs).sum()
+
+    @property
+    def _student(self) -> PreTrainedModel:
+        assert self._model is not None, "before_training and begin come first"
+        return self._model
 
     def losses(self, inputs: Mapping[str, Any], outputs: Any) -> Mapping[str, torch.Tensor]:
-        """Runs the teacher on the same inputs and compares."""
-        if self.config.soft == 0:
+        """Lets the teachers see the same inputs and compares."""
+        compares_outputs = self.config.soft > 0 and not self._first_stage
+        if not compares_outputs and not self._compares_between:
             return {}
-        assert self._order is not None
-        with torch.no_grad():
-            wanted = {name: value for name, value in inputs.items() if name != "labels"}
-            teacher = self.teacher(**wanted).logits.index_select(-1, self._order)
-        student = outputs["logits"]
-        if self._regression:
-            loss = F.mse_loss(student.float(), teacher.float())
-        else:
-            loss = soft_label_loss(student, teacher, self.config.temperature)
-        return {"soft": self.config.soft * loss}
+        ids = inputs.get(EXAMPLE_ID)
+        inputs = {name: value for name, value in inputs.items() if name != EXAMPLE_ID}
+        counted = positions(self._student, inputs)
+        terms: dict[str, torch.Tensor] = {}
+        for index, source in enumerate(self._sources):
+            if index and not compares_outputs:
+                continue
+            signals = source.signals(inputs, counted, ids)  # type: ignore[arg-type]
+            if compares_outputs:
+                loss = self._shares[index] * self._output_loss(inputs, outputs, signals, self._orders[index], counted)
+                terms["soft"] = terms["soft"] + loss if index else loss
+            if not index and self._compares_between and self._between:
+                terms |= self._between.losses(self._student, inputs, outputs, signals)
+        if "soft" in terms:
+            terms["soft"] = self.config.soft * terms["soft"]
+        return terms
+
+    def _output_loss(
+        self,
+        inputs: Mapping[str, Any],
+        outputs: Any,
+        taught: Signals,
+        order: list[int] | None,
+        counted: torch.Tensor | None,
+    ) -> torch.Tensor:
+        student, teacher = at_positions(outputs["logits"], counted), taught.logits
+        assert teacher is not None
+        config, temperature = self._student.config, self.config.temperature
+        if taught.indices is not None:
+            return weighted_mean(top_k_forward_kl(student, teacher, taught.indices, temperature))
+        if order is not None and order != sorted(order):
+            teacher = teacher[..., order]
+        if order is not None and config.num_labels == 1 and config.problem_type != "multi_label_classification":
+            return weighted_mean(logit_mse(student, teacher))
+        labels = inputs.get("labels")
+        several = labels is not None and labels.dim() == 2 and labels.is_floating_point() and order is not None
+        if several or config.problem_type == "multi_label_classification":
+            return weighted_mean(multi_label(student, teacher, temperature))
+        return weighted_mean(OUTPUT_LOSSES[self.config.soft_loss](student, teacher, temperature))
+
+    def after_step(self, step: int) -> None:
+        """Goes on to the outputs when the first stage is over."""
+        self._at_step(step)
 
     def end(self, model: PreTrainedModel) -> dict[str, Any]:
-        """Says how the student was taught."""
-        return {"distillation": {"teacher": type(self.teacher).__name__, "temperature": self.config.temperature}}
+        """Lets go of the teachers and says how the student was taught."""
+        for source in self._sources:
+            source.close()
+        if self._between:
+            self._between.end(model)
+        said: dict[str, Any] = {"teacher": " + ".join(self._names), "temperature": self.config.temperature}
+        if self._between:
+            said["layers"] = self._between.said
+        return {"distillation": said}
 
+    def state(self) -> dict[str, torch.Tensor]:
+        """Returns the step and the projections."""
+        return {"step": torch.tensor(self._step), **(self._between.state() if self._between else {})}
 
-def _label_names(config: Any) -> list[str]:
-    return [str(config.id2label[index]).lower() for index in range(config.num_labels)]
+    def load_state(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Takes them back."""
+        self._at_step(int(state["step"]))
+        if self._between:
+            self._between.load_state({name: value for name, value in state.items() if name != "step"})
 
 
 def _part(config: DistillationConfig, context: Context) -> DistillationPart:
-    if context.teacher is None:
+    teachers = context.teacher
+    if teachers is None or (not isinstance(teachers, PreTrainedModel) and len(teachers) == 0):
         raise CompressionError("distillation needs a teacher", hint="Pass teacher=..., a fine-tuned model.")
-    return DistillationPart(config, context.teacher)
+    return DistillationPart(config, teachers, context.cache_dir)
 
 
 register(

@@ -10,8 +10,10 @@ from hfcompress.configuration import Config, suggest
 from hfcompress.errors import ConfigError, Problem
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import torch
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from hfcompress.methods.training import Part
 
@@ -24,11 +26,18 @@ class Context:
 
     Attributes:
         calibration: Batches of model inputs (with `labels` where a method scores by loss).
-        teacher: The model that a distilling part learns from.
+        teacher: The model that a distilling part learns from, or several.
+        cache_dir: Where a distilling part may keep what teachers say; runs may share it. By default a folder in
+            the training's output.
+        tokenizer: The model's tokenizer; a method that changes it changes it in place.
+        texts: Texts that the tokenizer must cut as before.
     """
 
     calibration: Sequence[Batch] = ()
-    teacher: PreTrainedModel | None = None
+    teacher: PreTrainedModel | Sequence[PreTrainedModel] | None = None
+    cache_dir: Path | None = None
+    tokenizer: PreTrainedTokenizerBase | None = None
+    texts: Sequence[str] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

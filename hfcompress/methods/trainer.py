@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -26,10 +26,42 @@ from hfcompress.methods.resuming import (
     require_whole,
     write_manifest,
 )
-from hfcompress.methods.training import Part
+from hfcompress.methods.training import EXAMPLE_ID, Part, Rows, shifts_labels
 from hfcompress.modeling.checkpoint import replace_directory
 
 PARTS_FILE = "hfcompress_parts.safetensors"
+
+
+class NumberedRows(torch.utils.data.Dataset):
+    """Rows that know their numbers.
+
+    Args:
+        rows: A data set of mappings.
+    """
+
+    def __init__(self, rows: Any) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        if number >= len(self.rows):
+            raise IndexError(number)  # ends an iteration
+        return {**self.rows[number], EXAMPLE_ID: number}
+
+    def __getitems__(self, numbers: list[int]) -> list[dict[str, Any]]:
+        if not hasattr(self.rows, "__getitems__"):
+            return [self[number] for number in numbers]
+        found = self.rows.__getitems__(numbers)
+        return [{**row, EXAMPLE_ID: number} for row, number in zip(found, numbers, strict=True)]
+
+
+def _has_no_label(inputs: Mapping[str, Any]) -> bool:
+    labels = inputs.get("labels")
+    if not isinstance(labels, torch.Tensor) or labels.is_floating_point():
+        return False
+    return not bool(labels.ne(-100).any())
 
 
 class _RunParts(TrainerCallback):
@@ -46,6 +78,7 @@ class _RunParts(TrainerCallback):
             part.before_optimizer_step(state.global_step)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer._zero_part_gradients()
         for part in self.trainer.parts:
             part.after_step(state.global_step)
 
@@ -63,9 +96,11 @@ class CompressionTrainer(Trainer):
     Args:
         model: The student.
         args: Trainer's arguments.
-        teacher: The model to learn from; frozen, in evaluation mode, never saved.
+        teacher: The model to learn from, or several; frozen, in evaluation mode, never saved.
         distillation: Adds a distilling part.
         pruning: Adds a pruning part.
+        cache_dir: Where what teachers say is kept with `DistillationConfig(cache=True)`; runs may share it. By
+            default a folder in the training's output.
         parts: More parts, ready-made.
         **kwargs: As in `transformers.Trainer`.
 
@@ -80,13 +115,14 @@ class CompressionTrainer(Trainer):
         model: PreTrainedModel | None = None,
         args: TrainingArguments | None = None,
         *,
-        teacher: PreTrainedModel | None = None,
+        teacher: PreTrainedModel | Sequence[PreTrainedModel] | None = None,
         distillation: Config | None = None,
         pruning: Config | None = None,
+        cache_dir: str | Path | None = None,
         parts: Sequence[Part] = (),
         **kwargs: Any,
     ) -> None:
-        context = Context(teacher=teacher)
+        context = Context(teacher=teacher, cache_dir=Path(cache_dir) if cache_dir else None)
         made: list[Part] = []
         for config in (distillation, pruning):
             if config is not None:
@@ -98,10 +134,12 @@ class CompressionTrainer(Trainer):
         self._resume_from: Path | None = None
         self._terms: dict[str, torch.Tensor] = {}
         self._terms_seen = 0
+        self._window: list[torch.Tensor | None] = []
         super().__init__(model, args, **kwargs)  # type: ignore[arg-type]
         # Trainer counts the labels of a whole accumulation window only for models that take the count.
         # Here compute_loss takes it instead, for every model.
         self.model_accepts_loss_kwargs = True
+        self._loss_shifts_labels = shifts_labels(self.accelerator.unwrap_model(self.model))
         self.add_callback(_RunParts(self))
 
     # Losses
@@ -118,15 +156,26 @@ class CompressionTrainer(Trainer):
             return super().compute_loss(model, inputs, return_outputs)
         share = self._share_of_window(inputs, num_items_in_batch)
         labelled = dict(inputs)
+        inputs = {name: value for name, value in inputs.items() if name != EXAMPLE_ID}
         extra: dict[str, Any] = {}
         for part in self.parts:
             extra |= part.forward_arguments()
-        loss, outputs = super().compute_loss(model, {**inputs, **extra}, return_outputs=True)
-        terms = {"labels": loss}
-        for part in self.parts:
+        outputs: Any
+        if self.parts and not set(self.label_names) & set(inputs):
+            outputs = model(**inputs, **extra)
+            loss = outputs["logits"].sum() * 0.0
+        else:
+            loss, outputs = super().compute_loss(model, {**inputs, **extra}, return_outputs=True)
+            if _has_no_label(inputs):
+                loss = outputs["logits"].sum() * 0.0  # a mean over no label is not a number
+        terms: dict[str, torch.Tensor] = {"labels": loss}
+        shares: dict[str, Any] = {"labels": share}
+        for index, part in enumerate(self.parts):
             terms["labels"] = terms["labels"] * part.label_weight
             with self.accelerator.autocast():
-                terms |= part.losses(labelled, outputs)
+                own = part.losses(labelled, outputs)
+            terms |= own
+            shares |= dict.fromkeys(own, self._part_share(index, labelled, share))
         total = torch.stack([term.float() for term in terms.values()]).sum()
         if not torch.isfinite(total):
             bad = [name for name, term in terms.items() if not torch.isfinite(term)]
@@ -138,7 +187,7 @@ class CompressionTrainer(Trainer):
             for name, term in terms.items():
                 self._terms[name] = self._terms.get(name, torch.zeros_like(total)) + term.detach().float()
             self._terms_seen += 1
-        total = total * share
+        total = torch.stack([term.float() * shares[name] for name, term in terms.items()]).sum()
         return (total, outputs) if return_outputs else total
 
     def _share_of_window(self, inputs: Mapping[str, Any], items: torch.Tensor | int | None) -> torch.Tensor | float:
@@ -151,14 +200,36 @@ class CompressionTrainer(Trainer):
         if items is None or labels is None:
             return 1.0 / self.current_gradient_accumulation_steps
         here = labels[..., 1:] if self._loss_shifts_labels else labels
-        processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
-        return here.ne(-100).sum() * processes / items
+        return here.ne(-100).sum() * self._processes / torch.as_tensor(items).clamp(min=1)
+
+    def _part_share(self, index: int, inputs: Mapping[str, Any], share: Any) -> Any:
+        """Returns the same for what a part's losses are means over."""
+        total = self._window[index] if index < len(self._window) else None
+        own = self.parts[index].items(inputs) if total is not None else None
+        return share if own is None or total is None else own * self._processes / total.clamp(min=1)
+
+    @property
+    def _processes(self) -> int:
+        return self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
+        """Counts, over the accumulation window and all processes, what each part's losses are means over."""
+        batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self._window = [self._count_items(part, batches, device) for part in self.parts]
+        return batches, items
+
+    def _count_items(self, part: Part, batches: Sequence[Any], device: torch.device) -> torch.Tensor | None:
+        counts = [part.items(batch) for batch in batches]
+        if not counts or counts[0] is None:
+            return None
+        total = torch.stack([torch.as_tensor(count) for count in counts]).sum().to(device)
+        return self.accelerator.gather(total).sum() if self._processes > 1 else total  # type: ignore[union-attr]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the mean of each loss term since the last log."""
         if "loss" in logs and self._terms_seen:
             means = {
-                f"loss_{name}": self.accelerator.reduce(total / self._terms_seen, "mean").item()
+                f"loss_{name}": float(cast(torch.Tensor, self.accelerator.reduce(total / self._terms_seen, "mean")))
                 for name, total in self._terms.items()
             }
             logs = {**logs, **means}
@@ -166,6 +237,65 @@ class CompressionTrainer(Trainer):
         super().log(logs, start_time)
 
     # Parts
+
+    def _rows(self) -> Rows | None:
+        if not hasattr(self.train_dataset, "__getitem__") or not hasattr(self.train_dataset, "__len__"):
+            return None
+        return Rows(
+            dataset=self.train_dataset,
+            collate=self._get_collator_with_removed_columns(self.data_collator, description="training"),
+            batch_size=self.args.train_batch_size,
+            device=self.args.device,
+            autocast=lambda: self.accelerator.autocast(),
+            folder=Path(str(self.args.output_dir)),
+        )
+
+    def _prepare_parts(self) -> None:
+        model, rows = self.accelerator.unwrap_model(self.model), self._rows()
+        for part in self.parts:
+            part.before_training(model, rows)
+        if any(part.numbered for part in self.parts) and not isinstance(self.train_dataset, NumberedRows):
+            if rows is None:
+                raise TrainingError(
+                    "the training set has no row numbers, since it is a stream", hint="Set cache: false."
+                )
+            self.train_dataset = NumberedRows(self.train_dataset)
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        if EXAMPLE_ID not in self._signature_columns:  # type: ignore[operator]
+            self._signature_columns = [*self._signature_columns, EXAMPLE_ID]  # type: ignore[misc]
+
+    def _part_parameters(self) -> list[nn.Parameter]:
+        return [parameter for part in self.parts for parameter in part.parameters()]
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Makes the optimizer, with what the parts train beside the model."""
+        is_new = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        own = self._part_parameters()
+        if is_new and own:
+            optimizer.add_param_group({"params": own, "weight_decay": self.args.weight_decay})
+        return optimizer
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Also averages the gradients of what the parts train over the processes, which DDP knows nothing of."""
+        loss = super().training_step(*args, **kwargs)
+        if self.accelerator.sync_gradients and self.accelerator.num_processes > 1:
+            for parameter in self._part_parameters():
+                if parameter.grad is not None:
+                    parameter.grad = self.accelerator.reduce(parameter.grad, "mean")  # type: ignore[assignment]
+        return loss
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        own = self._part_parameters()
+        if not own:
+            return super()._clip_grad_norm(model)
+        return self.accelerator.clip_grad_norm_([*model.parameters(), *own], self.args.max_grad_norm)
+
+    def _zero_part_gradients(self) -> None:
+        for parameter in self._part_parameters():
+            parameter.grad = None
 
     def _begin_parts(self, total_steps: int) -> None:
         model = self.accelerator.unwrap_model(self.model)
@@ -178,6 +308,7 @@ class CompressionTrainer(Trainer):
                 part.load_state({k.removeprefix(prefix): v for k, v in stored.items() if k.startswith(prefix)})
 
     def _end_parts(self) -> None:
+        self._zero_part_gradients()
         model = self.accelerator.unwrap_model(self.model)
         self.findings = [part.end(model) for part in self.parts]
         self.model_wrapped = self.model  # shapes may have changed under the wrapper
@@ -200,6 +331,7 @@ class CompressionTrainer(Trainer):
         if resume_from_checkpoint is True:
             newest = last_whole_checkpoint(Path(str(self.args.output_dir)))
             resume_from_checkpoint = str(newest) if newest else None
+        self._prepare_parts()
         return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
@@ -256,7 +388,13 @@ class CompressionTrainer(Trainer):
 class DistillationTrainer(CompressionTrainer):
     """A Trainer whose student also learns from a teacher; see `CompressionTrainer` for the arguments."""
 
-    def __init__(self, *args: Any, teacher: PreTrainedModel, distillation: Config | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        teacher: PreTrainedModel | Sequence[PreTrainedModel],
+        distillation: Config | None = None,
+        **kwargs: Any,
+    ) -> None:
         if distillation is None:
             distillation = methods()["distillation"].config()
         super().__init__(*args, teacher=teacher, distillation=distillation, **kwargs)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -13,6 +15,10 @@ from hfcompress.configuration import Config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, TrainingArguments
+
+
+# The column with a training row's number, for parts that are `numbered`; no model sees it.
+EXAMPLE_ID = "example_id"
 
 
 class TrainingConfig(Config):
@@ -98,14 +104,73 @@ def _bf16_is_fast() -> bool:
     return flags.exists() and bool({"avx512_bf16", "amx_bf16"} & set(flags.read_text().split()))
 
 
+def shifts_labels(model: PreTrainedModel) -> bool:
+    """Tells whether a model's output at a token is judged by the label of the next one, as in causal LMs."""
+    if model.config.is_encoder_decoder:
+        return False
+    # Some older classes (GPT2LMHeadModel) name no loss and get the causal one by default.
+    return model.loss_type == "ForCausalLM" or (model.loss_type is None and "LMHead" in type(model).__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rows:
+    """The training set, and how batches are made of it.
+
+    Attributes:
+        dataset: Rows by number.
+        collate: Makes a batch of rows.
+        batch_size: Rows in a batch.
+        device: Where models run.
+        autocast: Makes the context that models run in.
+        folder: The training's output folder.
+    """
+
+    dataset: Any
+    collate: Callable[[list[Any]], Mapping[str, Any]]
+    batch_size: int
+    device: torch.device
+    autocast: Callable[[], AbstractContextManager[Any]]
+    folder: Path
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __iter__(self) -> Iterator[Mapping[str, Any]]:
+        columns = getattr(self.dataset, "column_names", None)
+        if columns is None:
+            yield from (self.dataset[number] for number in range(len(self)))
+            return
+        for start in range(0, len(self), 1000):  # `datasets` reads a slice much faster than row by row
+            part = self.dataset[start : start + 1000]
+            yield from ({name: part[name][i] for name in columns} for i in range(len(part[columns[0]])))
+
+    def batch(self, numbers: Sequence[int]) -> dict[str, Any]:
+        """Returns the batch of some rows on the device."""
+        made = self.collate([self.dataset[number] for number in numbers])
+        return {k: v.to(self.device) if isinstance(v, torch.Tensor) else v for k, v in made.items()}
+
+
 class Part:
     """What one method adds to training; subclasses override what they need.
 
     Attributes:
         label_weight: Multiplies the loss on the labels.
+        numbered: Whether its batches need the rows' numbers, as `inputs[EXAMPLE_ID]`.
     """
 
     label_weight: float = 1.0
+    numbered: bool = False
+
+    def before_training(self, model: PreTrainedModel, rows: Rows | None) -> None:
+        """Looks at model and data before there is an optimizer; `rows` is None where they cannot be counted."""
+
+    def parameters(self) -> Sequence[torch.nn.Parameter]:
+        """Returns what is trained with the model and is no part of it; `state` must hold it too."""
+        return ()
+
+    def items(self, inputs: Mapping[str, Any]) -> torch.Tensor | None:
+        """Returns how many examples or tokens the means of `losses` are over; None: as many as have labels."""
+        return None
 
     def forward_arguments(self) -> Mapping[str, Any]:
         """Returns more keyword arguments for the student's forward, such as `output_hidden_states`."""

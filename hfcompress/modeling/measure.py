@@ -15,7 +15,7 @@ def count_parameters(model: nn.Module) -> int:
     total = 0
     for module in model.modules():
         if kind_of(module) is not None:
-            total += module.in_features * module.out_features  # type: ignore[operator]
+            total += int(module.in_features) * int(module.out_features)  # type: ignore[arg-type]
         if isinstance(module, QuantizedEmbedding):
             total += module.num_embeddings * module.embedding_dim
     packed = {id(module.weight) for module in model.modules() if kind_of(module) is not None}

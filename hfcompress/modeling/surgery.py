@@ -177,6 +177,7 @@ def factorize(
         output_width(old),
         rank,
         bias=old.bias is not None,
+        transposed=isinstance(old, Conv1D),
         device=weight.device,
         dtype=weight.dtype,
     )
@@ -186,6 +187,38 @@ def factorize(
         up, down = factors
         new.up.weight = nn.Parameter(up.to(weight).contiguous())
         new.down.weight = nn.Parameter(down.to(weight).contiguous())
+    new.train(old.training)
+    base.set_submodule(path, new)
+
+
+def defactorize(model: PreTrainedModel, path: str) -> None:
+    """Merges a low-rank module back into one of the stock class, with the product of its factors as weight.
+
+    Args:
+        model: The model.
+        path: The module, relative to the base model.
+
+    Raises:
+        CompressionError: The module is not low-rank, or its factors are quantized.
+    """
+    base = base_model(model)
+    old = base.get_submodule(path)
+    if not isinstance(old, LowRankLinear):
+        raise CompressionError(f"{path} is a {type(old).__name__}, not a low-rank layer: there is nothing to merge")
+    _require_float(old.up)
+    _require_float(old.down)
+    up, down, bias = old.up.weight, old.down.weight, old.up.bias
+    product = (up.detach().double() @ down.detach().double()).to(up.dtype)
+    with torch.device("meta"):
+        # Only the module's form: a forward of GPT-2 reads other attributes of its layers than one of BERT.
+        new: Any = (
+            Conv1D(old.out_features, old.in_features)
+            if old.transposed
+            else nn.Linear(old.in_features, old.out_features, bias=bias is not None)
+        )
+    new.weight = nn.Parameter((product.T if old.transposed else product).contiguous(), requires_grad=up.requires_grad)
+    if bias is not None:
+        new.bias = bias
     new.train(old.training)
     base.set_submodule(path, new)
 

@@ -22,7 +22,9 @@ _BELONGS = (
     re.compile(r"(tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab)\.json"),
     re.compile(r"vocab\.txt|merges\.txt|bpe\.codes|spiece\.model|sentencepiece\.bpe\.model|tokenizer\.model"),
     re.compile(r"chat_template\.jinja"),
-    re.compile(r"README\.md|report\.json|provenance\.json|manifest\.json|recipe\.yaml|CITATION\.cff"),
+    re.compile(
+        r"README\.md|report\.(json|html)|predictions\.json|provenance\.json|manifest\.json|recipe\.yaml|CITATION\.cff"
+    ),
     re.compile(r"(LICENSE|NOTICE)(\.md|\.txt)?"),
     re.compile(r"(pictures/)?[A-Za-z0-9][\w.-]*\.(png|svg|jpg|jpeg|webp)"),
     re.compile(r"\.eval_results/[A-Za-z0-9][\w.-]*\.yaml"),

@@ -13,6 +13,8 @@ import yaml
 
 from hfcompress.errors import CheckpointError, RunFolderError
 from hfcompress.evaluation.report import Report, Row
+from hfcompress.publishing import figures
+from hfcompress.publishing.figures import metric_names, speed_up
 from hfcompress.publishing.markup import escape, fenced, number, plain, ratio, size, table
 from hfcompress.publishing.metadata import (
     DEMO_MODELS,
@@ -24,6 +26,7 @@ from hfcompress.publishing.metadata import (
     is_local,
     on_hub,
 )
+from hfcompress.publishing.pictures import PICTURE
 from hfcompress.tasks import get_task
 
 REPORT = "report.json"
@@ -36,9 +39,8 @@ _LIMITS = """\
   other hardware can give other ratios, speed most of all.
 - An average hides who pays: compression is known to cost rare classes, rare words and minority groups
   more than the average shows. Measure on your own data, by group, before you rely on this model.
-- How sure the model is of its answers (its calibration) can change even where its metric does not.
 - Biases and gaps of the base model and of its training data are still there.
-- Quality was measured once, with one seed; the report holds no interval for it."""
+- Training was done once, with one seed: another seed gives other figures."""
 
 
 def write_card(directory: Path, report: Report | None = None, *, overwrite: bool = False) -> Path:
@@ -58,14 +60,11 @@ def write_card(directory: Path, report: Report | None = None, *, overwrite: bool
         RunFolderError: There is a card that somebody else wrote.
     """
     directory = Path(directory)
-    config = _read_config(directory)
+    config = read_config(directory)
     if report is None:
-        report = _read_report(directory)
+        report = read_report(directory)
     card = directory / "README.md"
-    text = card_of_report(report, quant_method=_quant_method(config), license=find_license(report.base_model))
-    texts = {card: text}
-    if results := eval_results(report):
-        texts[directory / results[0]] = f"{_RESULTS_MARK}\n{results[1]}"
+    texts = card_texts(directory, report, quant_method(config), find_license(report.base_model))
     if not overwrite:
         for path in texts:
             _refuse_foreign(path)
@@ -75,13 +74,26 @@ def write_card(directory: Path, report: Report | None = None, *, overwrite: bool
     return card
 
 
-def card_of_report(report: Report, *, quant_method: str | None, license: License | None = None) -> str:
+def card_texts(directory: Path, report: Report, quant_method: str | None, license: License | None) -> dict[Path, str]:
+    """Returns what `write_card` writes: the text of each file."""
+    pictured = (directory / PICTURE).is_file()
+    card = card_of_report(report, quant_method=quant_method, license=license, pictured=pictured)
+    texts = {directory / "README.md": card}
+    if results := eval_results(report):
+        texts[directory / results[0]] = f"{_RESULTS_MARK}\n{results[1]}"
+    return texts
+
+
+def card_of_report(
+    report: Report, *, quant_method: str | None, license: License | None = None, pictured: bool = False
+) -> str:
     """Returns the whole card of a report.
 
     Args:
         report: The run's measurements.
         quant_method: What `quantization_config` in config.json names, by which it depends what loading needs.
         license: The base model's licence, where known.
+        pictured: Whether the picture of quality against costs lies beside the card.
 
     Raises:
         DataError: The report names a task that is not known.
@@ -89,12 +101,14 @@ def card_of_report(report: Report, *, quant_method: str | None, license: License
     sections = (
         _introduction(report),
         _steps(report),
-        _results(report),
+        _results(report) + (f"\n\n![quality against bytes on disk and against time]({PICTURE})" if pictured else ""),
+        *_comparison(report),
+        *_costs(report),
         _drawbacks(report),
         _loading(report, quant_method),
         "## How to measure again\n\n"
-        "This takes the task, its split and the length of texts from `report.json`:\n\n"
-        + fenced("hfcompress evaluate path/to/this/folder", "bash"),
+        "This measures the checkpoint again, with the task, the split and the length of texts of `report.json`, and "
+        "compares every figure of this card:\n\n" + fenced("hfcompress verify path/to/this/folder", "bash"),
         f"## Limits and risks\n\n{_LIMITS}",
         _licensing(report, license),
     )
@@ -110,7 +124,7 @@ def _introduction(report: Report) -> str:
         f"{number(last.retention, '.1%')} of the {escape(report.metric)} kept",
     ]
     if last.speed is not None:
-        facts.append(f"speed-up {_speed(last)}")
+        facts.append(f"speed-up {speed_up(last)}")
     return (
         f"# {escape(report.name)}\n\n"
         f"{_base(report.base_model)}, compressed with hfcompress for the task {escape(report.task)} "
@@ -142,7 +156,7 @@ def _steps(report: Report) -> str:
 
 
 def _results(report: Report) -> str:
-    first, names = report.rows[0], _metric_names(report)
+    first, names = report.rows[0], metric_names(report)
     head = ["step", *map(escape, names), "retention", "parameters", "on disk", "times smaller", "speed-up"]
     rows = [
         [
@@ -152,7 +166,7 @@ def _results(report: Report) -> str:
             f"{row.parameters:,}",
             size(row.bytes),
             ratio(first.bytes, row.bytes),
-            _speed(row),
+            speed_up(row),
         ]
         for row in report.rows
     ]
@@ -177,6 +191,40 @@ def _conditions(report: Report) -> str:
     )
 
 
+def _comparison(report: Report) -> list[str]:
+    changes, classes = figures.changes(report), figures.classes(report)
+    if changes is None:
+        return []
+    text = (
+        f"## Answer by answer\n\n{_markdown(changes)}\n\nEvery model answered the same {report.examples:,} examples. "
+        "Intervals are 95% intervals of the change over draws of these examples (paired bootstrap); one that holds 0 "
+        "is no proof of a change."
+    )
+    if classes is not None:
+        text += (
+            " Calibration error is how far confidence is from accuracy: the original's, then this row's.\n\n"
+            f"Right answers by class:\n\n{_markdown(classes)}"
+        )
+    return [text]
+
+
+def _costs(report: Report) -> list[str]:
+    costs = figures.costs(report)
+    if costs is None:
+        return []
+    text = (
+        f"## What a pass takes\n\n{_markdown(costs)}\n\nOperations of quantized layers are counted as if they were "
+        "float. Memory is the weights and the most that a pass holds besides. The last three columns are where the "
+        "time of a pass goes."
+    )
+    return [text + "".join(f"\n\n{escape(reason)}" for reason in figures.reasons(report))]
+
+
+def _markdown(shown: figures.Table) -> str:
+    rows = [[escape(name), *cells] for name, *cells in shown.rows]
+    return table([escape(name) for name in shown.head], rows)
+
+
 def _drawbacks(report: Report) -> str:
     found = [*_lost_quality(report), *_lost_speed(report)]
     first, last = report.rows[0], report.rows[-1]
@@ -189,12 +237,13 @@ def _drawbacks(report: Report) -> str:
 
 def _lost_quality(report: Report) -> list[str]:
     rows, lines = _from_reference(report), []
-    for name in _metric_names(report):
+    for name in metric_names(report):
         before, after = (row.metrics.get(name, math.nan) for row in (rows[0], rows[-1]))
         if not math.isfinite(after):
             lines.append(f"{escape(name)} is not defined on its answers.")
         elif after < before:
             lines.append(f"{escape(name)} falls from {before:.4f} to {after:.4f}.")
+    lines += _lost_answers(report)
     losses = [
         (before.metrics.get(report.metric, math.nan) - after.metrics.get(report.metric, math.nan), after.name)
         for before, after in pairwise(rows)
@@ -205,17 +254,38 @@ def _lost_quality(report: Report) -> list[str]:
     return lines
 
 
+def _lost_answers(report: Report) -> list[str]:
+    known, lines = report.rows[-1].comparison, []
+    if known is None:
+        return []
+    if known.flips:
+        lines.append(
+            f"{known.flips:,} of {report.examples:,} answers differ from the original's; the original had "
+            f"{known.flips_were_right:,} of them right."
+        )
+    if worst := known.worst_class:
+        lines.append(
+            f"Of the classes {escape(worst.label)} loses most: {worst.before:.1%} right before, {worst.after:.1%} "
+            f"after ({worst.examples:,} examples)."
+        )
+    if known.calibration_after > known.calibration_before:
+        lines.append(
+            f"Its calibration error grows from {known.calibration_before:.4f} to {known.calibration_after:.4f}."
+        )
+    return lines
+
+
 def _lost_speed(report: Report) -> list[str]:
     lines, last = [], report.rows[-1].speed
     if last is None:
         lines.append("Speed was not measured: do not expect a speed-up.")
     elif last.high < 1:
-        lines.append(f"It is slower than the original on the machine named above: {_speed(report.rows[-1])}.")
+        lines.append(f"It is slower than the original on the machine named above: {speed_up(report.rows[-1])}.")
     elif not last.low > 1:
-        lines.append(f"No speed-up can be told from no change: {_speed(report.rows[-1])}.")
+        lines.append(f"No speed-up can be told from no change: {speed_up(report.rows[-1])}.")
     for before, after in pairwise(report.rows):
         if before.speed and after.speed and after.speed.high < before.speed.low:
-            times = f"{_speed(before)} before, {_speed(after)} after"
+            times = f"{speed_up(before)} before, {speed_up(after)} after"
             lines.append(f"The step {escape(after.name)} made it slower: {times}.")
     return lines
 
@@ -261,25 +331,19 @@ def _licensing(report: Report, license: License | None) -> str:
     return f"## Licence\n\n{text}"
 
 
-def _metric_names(report: Report) -> list[str]:
-    names = dict.fromkeys([report.metric, *(name for row in report.rows for name in row.metrics)])
-    return list(names)
-
-
-def _speed(row: Row) -> str:
-    if row.speed is None:
-        return "not measured"
-    low, high = (number(end, ".2f") for end in (row.speed.low, row.speed.high))
-    return f"{number(row.speed.ratio, '.2f', 'x')} ({low} to {high})"
-
-
-def _quant_method(config: dict[str, Any]) -> str | None:
+def quant_method(config: dict[str, Any]) -> str | None:
+    """Returns what a config's `quantization_config` names, on which it depends what loading needs."""
     settings = config.get("quantization_config")
     method = settings.get("quant_method") if isinstance(settings, dict) else None
     return method if isinstance(method, str) else None
 
 
-def _read_config(directory: Path) -> dict[str, Any]:
+def read_config(directory: Path) -> dict[str, Any]:
+    """Reads a checkpoint folder's config.json.
+
+    Raises:
+        CheckpointError: There is none, or it is no JSON object.
+    """
     path = directory / "config.json"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -292,7 +356,12 @@ def _read_config(directory: Path) -> dict[str, Any]:
     return config
 
 
-def _read_report(directory: Path) -> Report:
+def read_report(directory: Path) -> Report:
+    """Reads a checkpoint folder's report.
+
+    Raises:
+        CheckpointError: There is none, or it is not valid.
+    """
     path = directory / REPORT
     try:
         text = path.read_text(encoding="utf-8")

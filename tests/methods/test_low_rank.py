@@ -1,128 +1,317 @@
 from __future__ import annotations
 
-import hypothesis.extra.numpy as arrays
-import numpy as np
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from transformers import AutoModelForSequenceClassification
 
-from hfcompress import LowRankConfig, compress
+from hfcompress import LowRankConfig, QuantizationConfig, compress
 from hfcompress.errors import CompressionError, ConfigError
-from hfcompress.methods.calibration import input_second_moments
-from hfcompress.methods.low_rank import rank_for, truncate
+from hfcompress.methods.low_rank import low_rank
+from hfcompress.methods.low_rank.maths import truncate
+from hfcompress.methods.low_rank.sensitivity import Probe, divergence, measure
+from hfcompress.methods.registry import Context
+from hfcompress.modeling import surgery
+from hfcompress.modeling.anatomy import base_model, modules_of
+from hfcompress.modeling.checkpoint import commit
 from hfcompress.modeling.layers.low_rank import LowRankLinear
+from tests.tiny_models import FAMILIES, class_of, inputs_for, make
 from tests.workshop import batches, logits, tiny_classifier
 
-
-def whitened_error(weight: torch.Tensor, product: torch.Tensor, moment: torch.Tensor) -> float:
-    difference = (weight - product).double()
-    return torch.trace(difference @ moment.double() @ difference.T).item()
+FFN = ("ffn",)
+FIRST = "encoder.layer.0.intermediate.dense"
 
 
-def test_plain_truncation_discards_the_smallest_singular_values() -> None:
-    weight = torch.randn(20, 30, generator=torch.Generator().manual_seed(0))
-    up, down = truncate(weight, 7)
-    tail = torch.linalg.svdvals(weight)[7:].square().sum()
-    assert torch.isclose((weight - up @ down).square().sum(), tail, rtol=1e-4)
+def correlated_classifier(**changes: Any) -> torch.nn.Module:
+    """Activations of a random model are nearly white, and all methods alike on them."""
+    model = tiny_classifier(**changes)
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, torch.nn.Linear):
+                module.weight *= torch.logspace(0.5, -1, module.in_features)
+                module.weight *= 3
+                module.bias += 0.2 * torch.randn(module.bias.shape, generator=torch.Generator().manual_seed(3))
+    return model
 
 
-@pytest.mark.parametrize("rows", [200, 12])  # 12 rows leave the moments of 30 inputs rank-deficient
-def test_whitened_error_is_the_discarded_tail_of_the_whitened_matrix(rows: int) -> None:
-    generator = torch.Generator().manual_seed(1)
-    inputs = torch.randn(rows, 30, generator=generator) @ torch.randn(30, 30, generator=generator)
-    weight = torch.randn(20, 30, generator=generator)
-    moment = inputs.T @ inputs / rows
-    up, down = truncate(weight, 7, moment)
-    tail = torch.linalg.svdvals(weight.double() @ inputs.double().T / rows**0.5)[7:].square().sum().item()
-    assert whitened_error(weight, up @ down, moment) == pytest.approx(tail, rel=1e-4)
+def error(config: LowRankConfig, data: list, **changes: Any) -> float:
+    """How far the outputs are from the original's, on the calibration data itself."""
+    whole = correlated_classifier(**changes)
+    model = compress(correlated_classifier(**changes), [config], calibration=data)
+    return sum((logits(model, batch) - logits(whole, batch)).square().sum().item() for batch in data)
 
 
-def test_no_random_or_plain_product_beats_the_whitened_one_on_its_inputs() -> None:
-    generator = torch.Generator().manual_seed(2)
-    inputs = torch.randn(100, 16, generator=generator) * torch.logspace(0, 3, 16)
-    weight = torch.randn(12, 16, generator=generator)
-    moment = inputs.T @ inputs / 100
-    up, down = truncate(weight, 4, moment)
-    best = whitened_error(weight, up @ down, moment)
-    plain_up, plain_down = truncate(weight, 4)
-    assert best < whitened_error(weight, plain_up @ plain_down, moment)
-    for _ in range(50):
-        nudged = (up + 0.01 * torch.randn(up.shape, generator=generator)) @ down
-        assert best <= whitened_error(weight, nudged, moment)
-
-
-hostile = arrays.arrays(
-    np.float64,
-    arrays.array_shapes(min_dims=2, max_dims=2, max_side=12),
-    elements=st.sampled_from([0.0, 1.0, -1.0, 1e-12, 1e12, 3e-30, -7.5]) | st.floats(-1e6, 1e6, width=32),
-)
-
-
-@given(matrix=hostile, rank=st.integers(1, 12), whiten=st.booleans(), half=st.booleans())
-@settings(max_examples=500, deadline=None)
-def test_hostile_matrices_come_out_finite(matrix: np.ndarray, rank: int, whiten: bool, half: bool) -> None:
-    weight = torch.from_numpy(matrix).to(torch.bfloat16 if half else torch.float32)
-    moment = None
-    if whiten:
-        rows = torch.from_numpy(matrix).float() / max(1.0, float(np.abs(matrix).max()))
-        moment = rows.T @ rows
-    up, down = truncate(weight, rank, moment)
-    assert torch.isfinite(up).all() and torch.isfinite(down).all()
-    assert up.shape[1] == down.shape[0] == min(rank, *weight.shape)
+def made(model: Any) -> dict[str, int]:
+    return {name: module.rank for name, module in model.named_modules() if isinstance(module, LowRankLinear)}
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_values_that_are_not_finite_are_refused_with_the_layers_name(bad: float) -> None:
+@pytest.mark.parametrize("method", ["svd", "nmf", "whitened", "fisher"])
+def test_values_that_are_not_finite_are_refused_with_the_layers_name(bad: float, method: Any) -> None:
     model = tiny_classifier()
     model.bert.encoder.layer[1].output.dense.weight.data[0, 0] = bad
     with pytest.raises(CompressionError, match=r"encoder\.layer\.1\.output\.dense: the weight"):
-        compress(model, [LowRankConfig(targets=("ffn",), method="svd")])
-
-
-@given(st.integers(1, 64), st.integers(1, 64), st.floats(0.01, 0.99), st.integers(1, 16))
-def test_the_rank_keeps_no_more_than_asked(out: int, inputs: int, keep: float, multiple: int) -> None:
-    rank = rank_for(out, inputs, keep, multiple)
-    assert rank >= 1
-    assert rank == 1 or rank * (out + inputs) <= keep * out * inputs
+        compress(model, [LowRankConfig(targets=FFN, method=method)], calibration=batches(1))
+    assert not made(model)
 
 
 def test_calibrated_factors_are_closer_on_the_data_than_plain_ones() -> None:
     data = batches(4)
-    whole = logits(tiny_classifier(), data[0])
-    errors = {}
-    for method in ("svd", "whitened"):
-        model = compress(tiny_classifier(), [LowRankConfig(keep=0.5, method=method)], calibration=data)
-        errors[method] = (logits(model, data[0]) - whole).norm().item()
-    assert errors["whitened"] < errors["svd"]
+    errors = {method: error(LowRankConfig(method=method), data) for method in ("svd", "whitened", "fisher", "nmf")}
+    assert errors["whitened"] < min(errors["svd"], errors["fisher"], errors["nmf"])
 
 
-def test_layers_of_one_input_share_its_moments() -> None:
-    model, data = tiny_classifier(), batches(1)
-    place = "encoder.layer.0.attention.self"
-    paths = [f"{place}.query", f"{place}.key", "encoder.layer.0.intermediate.dense"]
-    moments = input_second_moments(model, paths, data)
-    assert moments[paths[0]] is moments[paths[1]]
-    assert moments[paths[0]] is not moments[paths[2]]
-    with torch.no_grad():
-        hidden = model.bert.embeddings(input_ids=data[0]["input_ids"]).flatten(0, 1)
-    torch.testing.assert_close(moments[paths[0]], hidden.T @ hidden / len(hidden))
+def test_a_sequential_update_and_biases_lower_the_error_on_the_data() -> None:
+    data = batches(8)
+    plain = error(LowRankConfig(method="whitened", keep=0.4), data)
+    assert error(LowRankConfig(method="whitened", keep=0.4, correct_bias=True), data) < plain
+    assert error(LowRankConfig(sequential=True, keep=0.4, correct_bias=True), data) < plain
+
+
+@pytest.mark.parametrize("method", ["svd", "fisher", "nmf"])
+def test_a_refit_lowers_the_error_on_the_data(method: Any) -> None:
+    data = batches(4)
+    refitted = LowRankConfig(method=method, keep=0.4, refit=True, correct_bias=True)
+    assert error(refitted, data) < error(LowRankConfig(method=method, keep=0.4), data)
+
+
+def test_a_bias_takes_over_the_mean_error_of_its_layer() -> None:
+    data, path = batches(2), "encoder.layer.0.intermediate.dense"
+    whole, model = correlated_classifier(), correlated_classifier()
+    compress(model, [LowRankConfig(targets=("ffn_input",), method="svd", correct_bias=True)], calibration=data)
+    outputs: dict[str, list] = {"whole": [], "model": []}
+    for name, each in (("whole", whole), ("model", model)):
+        keep = outputs[name]
+        each.bert.get_submodule(path).register_forward_hook(lambda module, seen, output, keep=keep: keep.append(output))
+        for batch in data:
+            logits(each, batch)
+    real = [batch["attention_mask"].bool() for batch in data]
+    means = {name: torch.cat([o[m] for o, m in zip(seen, real, strict=True)]).mean(0) for name, seen in outputs.items()}
+    torch.testing.assert_close(means["model"], means["whole"], atol=1e-4, rtol=1e-4)
+
+
+def test_a_sequential_update_fits_each_layer_to_what_the_ones_before_it_produce() -> None:
+    """On the last layer of all it is the least squares answer to the changed inputs, which nothing beats."""
+    data, path = batches(4), "encoder.layer.1.output.dense"
+    model, whole = correlated_classifier(), correlated_classifier()
+    compress(model, [LowRankConfig(targets=FFN, sequential=True, keep=0.4)], calibration=data)
+    seen: dict[str, list] = {"model": [], "whole": []}
+    for name, each in (("model", model), ("whole", whole)):
+        hook = lambda module, arguments, name=name: seen[name].append(arguments[0].detach())  # noqa: E731
+        each.bert.get_submodule(path).register_forward_pre_hook(hook)
+        for batch in data:
+            logits(each, batch)
+    real = [batch["attention_mask"].bool() for batch in data]
+    new, old = (
+        torch.cat([x[m] for x, m in zip(seen[name], real, strict=True)]).double() for name in ("model", "whole")
+    )
+    weight = whole.bert.get_submodule(path).weight.detach().double()
+    factors: Any = model.bert.get_submodule(path)
+
+    def distance(product: torch.Tensor) -> float:
+        return (old @ weight.T - new @ product.T).square().sum().item()
+
+    ours = distance((factors.up.weight @ factors.down.weight).detach().double())
+    up, down = truncate(weight.float(), factors.rank, (new.T @ new / len(new)).float())
+    assert ours < distance((up @ down).double())
+
+
+@pytest.mark.parametrize("family", ["bert", "albert", "t5", "gpt2", "llama", "mpnet", "deberta-v2", "whisper"])
+def test_replaying_finished_layers_changes_nothing(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    head = FAMILIES[family].heads[1]
+    data = [inputs_for(family, head)]
+    config = LowRankConfig(sequential=True, keep=0.6, multiple_of=2)
+    results = []
+    for replays in (True, False):
+        model = make(family, head)
+        if not replays:
+            monkeypatch.setattr("hfcompress.methods.statistics.Replay.layer_of", lambda self, path: None)
+        low_rank(model, config, Context(calibration=data))
+        assert not [name for name, module in model.named_modules() if "forward" in vars(module)]
+        with torch.no_grad():
+            results.append(model(**data[0])[0])
+    assert torch.equal(*results)
+
+
+# Ranks
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"keep": 0.0},
+        {"keep": 1.0},
+        {"targets": ()},
+        {"targets": ("fnn",)},
+        {"rank": 0},
+        {"energy": 1.0},
+        {"budget": 0.0},
+        {"method": "qr"},
+    ],
+)
+def test_bad_fields_are_refused(values: dict) -> None:
+    with pytest.raises(ConfigError, match=next(iter(values))):
+        LowRankConfig(**values)
+
+
+def test_exactly_one_size_is_given() -> None:
+    assert LowRankConfig().keep == 0.5
+    assert (LowRankConfig(rank=8).keep, LowRankConfig(rank=8).rank) == (None, 8)
+    assert LowRankConfig(**LowRankConfig(energy=0.9).model_dump()) == LowRankConfig(energy=0.9)
+    with pytest.raises(ConfigError, match="exactly one of keep, rank, energy, budget must be given, not keep and rank"):
+        LowRankConfig(keep=0.5, rank=8)
+    with pytest.raises(ConfigError, match="not none"):
+        LowRankConfig(keep=None)
+
+
+def test_sequential_goes_with_whitening_only() -> None:
+    with pytest.raises(ConfigError, match="sequential goes with the method whitened, not svd"):
+        LowRankConfig(method="svd", sequential=True)
+
+
+def test_a_fixed_rank_is_the_rank_of_every_layer_that_gets_smaller() -> None:
+    model = compress(tiny_classifier(), [LowRankConfig(rank=35, method="svd")])
+    # 35 * (64 + 64) is more than 64 * 64, and 35 * (64 + 96) less than 64 * 96.
+    assert set(made(model).values()) == {35}
+    assert all("intermediate" in name or "output.dense" in name for name in made(model))
+    assert len(made(model)) == 4
+
+
+def test_energy_gives_simpler_layers_lower_ranks() -> None:
+    model = tiny_classifier()
+    simple: Any = model.bert.encoder.layer[0].intermediate.dense
+    simple.weight.data = torch.randn(96, 5) @ torch.randn(5, 64)
+    compress(model, [LowRankConfig(targets=FFN, energy=0.99, method="svd", multiple_of=1)])
+    assert made(model) == {"bert.encoder.layer.0.intermediate.dense": 5}  # the others would not get smaller
+
+
+@pytest.mark.parametrize("sensitivity", ["loss", "outputs"])
+def test_a_budget_is_kept_and_goes_where_the_loss_is(sensitivity: Any) -> None:
+    data, model = batches(2), correlated_classifier()
+    # What the last block says is hardly heard.
+    model.bert.encoder.layer[1].output.dense.weight.data.mul_(1e-4)
+    model.classifier.weight.data.mul_(10)
+    for batch in data:  # a model that is right: all that changes it makes it worse
+        batch["labels"] = logits(model, batch).argmax(-1)
+    config = LowRankConfig(targets=FFN, budget=0.5, sensitivity=sensitivity, multiple_of=4)
+    found = low_rank(model, config, Context(calibration=data))
+    ranks = found["ranks"] | dict.fromkeys(found["left_whole"], 60)
+    last = "encoder.layer.1.intermediate.dense", "encoder.layer.1.output.dense"
+    first = "encoder.layer.0.intermediate.dense", "encoder.layer.0.output.dense"
+    assert max(ranks[path] for path in last) < min(ranks[path] for path in first)
+    kept = sum(min(rank * 160, 64 * 96) for rank in ranks.values())
+    assert 0.45 < kept / (4 * 64 * 96) <= 0.5
+    assert set(found["sensitivity"]) == {*first, *last}
+
+
+def test_measuring_leaves_the_model_as_it_was() -> None:
+    data, model = batches(1), tiny_classifier()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    probe = Probe(model, data, "outputs")
+    rises = measure(model, {FIRST: lambda: {4: torch.zeros(96, 64), 8: model.bert.get_submodule(FIRST).weight}}, probe)
+    assert rises[FIRST][4] > 0 == rises[FIRST][8]
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_divergence_is_that_of_the_definition() -> None:
+    generator = torch.Generator().manual_seed(0)
+    before, after = torch.randn(5, 3, generator=generator), torch.randn(5, 3, generator=generator)
+    wanted = torch.distributions.kl_divergence(
+        torch.distributions.Categorical(logits=before), torch.distributions.Categorical(logits=after)
+    )
+    assert divergence(before, after) == pytest.approx(wanted.mean().item(), rel=1e-5)
+    assert divergence(before[:, :1], after[:, :1]) == pytest.approx((before - after)[:, 0].square().mean().item())
+
+
+def test_a_model_without_a_head_is_scored_by_its_hidden_states() -> None:
+    model = tiny_classifier().bert
+    probe = Probe(model, batches(1, labels=False), "outputs")
+    assert probe.rise() == 0
+    model.encoder.layer[0].output.dense.weight.data.zero_()
+    assert probe.rise() > 0
+
+
+# Of the model
 
 
 def test_what_would_not_get_smaller_is_left_whole() -> None:
-    model = compress(tiny_classifier(), [LowRankConfig(targets=("ffn",), keep=0.5, method="svd")])
-    made = [name for name, module in model.named_modules() if isinstance(module, LowRankLinear)]
-    assert len(made) == 4
-    again = compress(model, [LowRankConfig(targets=("ffn",), keep=0.5, method="svd")])
-    assert [name for name, module in again.named_modules() if isinstance(module, LowRankLinear)] == made
+    model = compress(tiny_classifier(), [LowRankConfig(targets=FFN, keep=0.5, method="svd")])
+    before = made(model)
+    assert len(before) == 4
+    again = compress(model, [LowRankConfig(targets=FFN, keep=0.5, method="svd")])
+    assert made(again) == before
 
 
-def test_whitened_without_data_says_what_to_pass() -> None:
-    with pytest.raises(CompressionError, match="calibration"):
-        compress(tiny_classifier(), [LowRankConfig(method="whitened")])
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        (LowRankConfig(method="whitened"), "calibration data"),
+        (LowRankConfig(method="fisher"), "calibration data"),
+        (LowRankConfig(sequential=True), "calibration data"),
+        (LowRankConfig(budget=0.5), "calibration data"),
+        (LowRankConfig(method="svd", refit=True), "calibration data"),
+    ],
+)
+def test_what_needs_data_says_what_to_pass(config: LowRankConfig, said: str) -> None:
+    with pytest.raises(CompressionError, match=rf"{said}[\s\S]*calibration=\["):
+        compress(tiny_classifier(), [config])
 
 
-@pytest.mark.parametrize("values", [{"keep": 0.0}, {"keep": 1.0}, {"targets": ()}, {"targets": ("fnn",)}, {"rank": 3}])
-def test_bad_fields_are_refused(values: dict) -> None:
-    with pytest.raises(ConfigError):
-        LowRankConfig(**values)
+@pytest.mark.parametrize(
+    "config", [LowRankConfig(method="fisher"), LowRankConfig(budget=0.5, sensitivity="loss")], ids=["fisher", "budget"]
+)
+def test_what_needs_labels_says_so(config: LowRankConfig) -> None:
+    with pytest.raises(CompressionError, match="labels"):
+        compress(tiny_classifier(), [config], calibration=batches(1, labels=False))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LowRankConfig(method="fisher"),
+        LowRankConfig(method="nmf", refit=True),
+        LowRankConfig(sequential=True, correct_bias=True),
+        LowRankConfig(budget=0.5),
+    ],
+    ids=["fisher", "nmf", "sequential", "budget"],
+)
+def test_what_is_saved_is_what_is_loaded(config: LowRankConfig, tmp_path: Path) -> None:
+    data = batches(2)
+    model = compress(correlated_classifier(), [config], calibration=data)
+    model.save_pretrained(tmp_path)
+    again = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    assert torch.equal(logits(again, data[0]), logits(model, data[0]))
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])
+def test_factors_are_merged_back_into_the_stock_model(family: str, tmp_path: Path) -> None:
+    head = FAMILIES[family].heads[1]
+    model, batch = make(family, head), inputs_for(family, head)
+    stock = type(model).__name__, {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    compress(model, [LowRankConfig(keep=0.6, method="svd", multiple_of=2)])
+    with torch.no_grad():
+        wanted = model(**batch)[0]
+    paths = [path for path in modules_of(model, ("attention", "ffn"))]
+    factorized = [path for path in paths if isinstance(base_model(model).get_submodule(path), LowRankLinear)]
+    assert factorized
+    for path in factorized:
+        surgery.defactorize(model, path)
+    commit(model)
+    assert (type(model).__name__, {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}) == stock
+    model.save_pretrained(tmp_path)
+    again = class_of(family, head).from_pretrained(tmp_path)
+    assert getattr(again.config, "quantization_config", None) is None
+    with torch.no_grad():
+        torch.testing.assert_close(again(**batch)[0], wanted, atol=1e-5, rtol=1e-4)
+
+
+def test_merging_refuses_what_is_not_low_rank_or_quantized() -> None:
+    model = tiny_classifier()
+    path = "encoder.layer.0.intermediate.dense"
+    with pytest.raises(CompressionError, match=f"{path} is a Linear"):
+        surgery.defactorize(model, path)
+    compress(model, [LowRankConfig(method="svd"), QuantizationConfig(embeddings=None)])
+    with pytest.raises(CompressionError, match="cannot be cut"):
+        surgery.defactorize(model, path)

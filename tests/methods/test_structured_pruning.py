@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from hfcompress import LowRankConfig, QuantizationConfig, StructuredPruningConfig, compress
 from hfcompress.errors import CompressionError, ConfigError
+from hfcompress.methods.pruning.units import head_units, neuron_units, total_cost
 from hfcompress.methods.structured_pruning import PruningPart, cubic_share, select
 from hfcompress.modeling.anatomy import attention_blocks, feed_forward_blocks
 from tests.workshop import batches, logits, tiny_classifier
@@ -42,7 +43,8 @@ def test_selection_keeps_the_share_in_whole_blocks(layers: list[list[float]], re
 
 def test_pruning_is_zeroing_what_the_units_pass_on() -> None:
     whole, data = tiny_classifier(), batches(3)
-    pruned = compress(tiny_classifier(), [StructuredPruningConfig(heads=0.4, neurons=0.3)], calibration=data)
+    config = StructuredPruningConfig(heads=0.4, neurons=0.3, importance="taylor", reconstruct=False)
+    pruned = compress(tiny_classifier(), [config], calibration=data)
     uneven = {block.heads for block in attention_blocks(pruned)}
     assert sum(block.heads for block in attention_blocks(pruned)) == 5 and len(uneven) == 2
     with torch.no_grad():
@@ -61,21 +63,21 @@ def test_pruning_is_zeroing_what_the_units_pass_on() -> None:
     torch.testing.assert_close(logits(pruned, data[0]), logits(whole, data[0]), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("importance", ["taylor", "activation", "magnitude"])
+@pytest.mark.parametrize("importance", ["fisher", "taylor", "activation", "magnitude"])
 def test_a_unit_that_does_nothing_goes_first(importance: str) -> None:
     model = tiny_classifier()
     with torch.no_grad():
         block = attention_blocks(model)[1]
         block.at("attention.output.dense").weight[:, 16:32] = 0  # head 1 is not listened to
     kept_rows = block.at("attention.self.value").weight.detach().clone().view(4, 16, 64)
-    config = StructuredPruningConfig(heads=1 / 8, importance=importance)
+    config = StructuredPruningConfig(heads=1 / 8, importance=importance, reconstruct=False)
     compress(model, [config], calibration=batches(2))
     left = block.at("attention.self.value").weight
     torch.testing.assert_close(left, kept_rows[[0, 2, 3]].flatten(0, 1))
 
 
 def test_every_layer_keeps_a_head_and_a_block_of_neurons() -> None:
-    model = compress(tiny_classifier(), [StructuredPruningConfig(heads=0.99, neurons=0.99)])
+    model = compress(tiny_classifier(), [StructuredPruningConfig(heads=0.75, neurons=0.91)])
     assert [block.heads for block in attention_blocks(model)] == [1, 1]
     assert [block.neurons for block in feed_forward_blocks(model)] == [8, 8]
 
@@ -134,8 +136,122 @@ def test_a_quantized_model_is_refused_and_left_alone() -> None:
 
 @pytest.mark.parametrize(
     "values",
-    [{}, {"heads": 1.0}, {"heads": -0.1}, {"heads": 0.5, "begin": 0.7}, {"neurons": "0.5"}, {"heads": True}],
+    [
+        {"flops": 0.5, "parameters": 0.5},
+        {"flops": 0.5, "heads": 0.1},
+        {"flops": 1.0},
+        {"heads": 0.5, "reconstruct": "yes"},
+        {},
+        {"heads": 1.0},
+        {"heads": -0.1},
+        {"heads": 0.5, "begin": 0.7},
+        {"neurons": "0.5"},
+        {"heads": True},
+    ],
 )
 def test_bad_fields_are_refused(values: dict) -> None:
     with pytest.raises(ConfigError):
         StructuredPruningConfig(**values)
+
+
+def cost(model: torch.nn.Module, measure: str) -> float:
+    return total_cost(head_units(model) + neuron_units(model), measure)
+
+
+@pytest.mark.parametrize("measure", ["flops", "parameters"])
+def test_a_share_of_the_cost_is_removed_and_hardly_more(measure: str) -> None:
+    whole, data = tiny_classifier(), batches(2)
+    model = compress(tiny_classifier(), [StructuredPruningConfig(**{measure: 0.4})], calibration=data)
+    assert 0.55 < cost(model, measure) / cost(whole, measure) <= 0.6
+    parameters = [p.numel() for block in feed_forward_blocks(model) for p in block.at("output.dense").parameters()]
+    assert all(count % 8 * 64 == 0 for count in parameters)
+
+
+def test_the_cost_of_parameters_is_their_number() -> None:
+    for model in (tiny_classifier(), compress(tiny_classifier(), [LowRankConfig(keep=0.6)])):
+        layers = model.bert.encoder.layer
+        norms = 2 * 2 * 2 * 64  # two layers with two norms of weight and bias
+        counted = sum(p.numel() for p in layers.parameters()) - norms
+        # Sentinels are buffers, so nothing else is left.
+        assert cost(model, "parameters") == counted
+
+
+def test_training_prunes_towards_a_share_of_flops_by_movement() -> None:
+    model, batch = tiny_classifier(), batches(1)[0]
+    config = StructuredPruningConfig(flops=0.4, importance="movement", begin=0.0, end=0.8, interval=1)
+    part, before = PruningPart(config), cost(model, "flops")
+    part.begin(model, 10, torch.device("cpu"))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    for step in range(1, 9):
+        optimizer.zero_grad()
+        model(**batch).loss.backward()
+        part.before_optimizer_step(step - 1)
+        optimizer.step()
+        part.after_step(step)
+    masked = logits(model, batch)
+    findings = part.end(model)
+    torch.testing.assert_close(logits(model, batch), masked, rtol=1e-5, atol=1e-6)
+    assert 0.5 < cost(model, "flops") / before <= 0.6  # a head is a tenth of this model
+    assert findings["flops_removed"] == pytest.approx(1 - cost(model, "flops") / before, abs=1e-4)
+
+
+def test_movement_is_how_far_weights_leave_zero() -> None:
+    model, batch = tiny_classifier().double(), batches(1)[0]
+    part = PruningPart(StructuredPruningConfig(neurons=0.5, importance="movement"))
+    part.begin(model, 10, torch.device("cpu"))
+    model(**batch).loss.backward()
+    part.before_optimizer_step(0)
+    weight = feed_forward_blocks(model)[0].at("output.dense").weight
+    step = 1e-4
+    grown = (weight - step * weight.grad).square().sum(0) - weight.square().sum(0)
+    torch.testing.assert_close(part._scores["neurons"][0], grown.float() / (2 * step), rtol=1e-2, atol=1e-6)
+
+
+@pytest.mark.parametrize("importance", ["activation", "fisher"])
+def test_what_exists_only_at_once_is_refused_in_training(importance: str) -> None:
+    with pytest.raises(CompressionError, match="only without training"):
+        PruningPart(StructuredPruningConfig(heads=0.5, importance=importance))
+
+
+@pytest.mark.parametrize(
+    ("values", "reachable"), [({"heads": 0.9}, "0.750"), ({"neurons": 0.95}, "0.917"), ({"flops": 0.9}, "0.795")]
+)
+def test_what_cannot_be_reached_is_refused_with_what_can(values: dict, reachable: str) -> None:
+    model = tiny_classifier()
+    before = logits(model, batches(1)[0])
+    with pytest.raises(CompressionError, match=f"reachable: up to {reachable}"):
+        compress(model, [StructuredPruningConfig(**values)], calibration=batches(1))
+    assert torch.equal(logits(model, batches(1)[0]), before)
+
+
+def test_equal_scores_are_refused() -> None:
+    model = tiny_classifier()
+    with torch.no_grad():
+        for block in attention_blocks(model):
+            block.at("attention.output.dense").weight.zero_()
+    with pytest.raises(CompressionError, match="equally important"):
+        compress(model, [StructuredPruningConfig(heads=0.5, importance="magnitude")])
+
+
+def test_weights_that_are_not_finite_are_refused_before_anything_is_removed() -> None:
+    model = tiny_classifier()
+    with torch.no_grad():
+        model.bert.encoder.layer[0].output.dense.weight[0, 0] = float("nan")
+    with pytest.raises(CompressionError, match=r"encoder\.layer\.0.*not finite"):
+        compress(model, [StructuredPruningConfig(heads=0.5)], calibration=batches(1))
+    assert [block.heads for block in attention_blocks(model)] == [4, 4]
+
+
+def test_reconstruction_without_data_says_what_is_missing() -> None:
+    with pytest.raises(CompressionError, match="calibration"):
+        compress(tiny_classifier(), [StructuredPruningConfig(heads=0.5, reconstruct=True)])
+
+
+def test_reconstruction_brings_the_outputs_nearer_on_other_data() -> None:
+    whole, data, other = tiny_classifier(), batches(6), batches(2, seed=9)
+    errors = {}
+    for mend in (False, True):
+        config = StructuredPruningConfig(flops=0.5, reconstruct=mend)
+        model = compress(tiny_classifier(), [config], calibration=data)
+        errors[mend] = sum((logits(model, each) - logits(whole, each)).square().sum().item() for each in other)
+    assert errors[True] < 0.3 * errors[False]

@@ -320,6 +320,18 @@ def test_shards_elsewhere_are_refused(way: str, tmp_path: Path) -> None:
     assert len(verify_files(place)) == 1
 
 
+@pytest.mark.parametrize("held", [None, 3, ["a"], {"a": 1}, ""])
+def test_an_index_of_wrong_types_is_named(held: Any, tmp_path: Path) -> None:
+    make("low-rank").save_pretrained(tmp_path, max_shard_size="60KB")
+    file = tmp_path / "model.safetensors.index.json"
+    index = json.loads(file.read_text())
+    index["weight_map"]["classifier.bias"] = held
+    file.write_text(json.dumps(index))
+    with pytest.raises((TypeError, OSError, ValueError)):  # transformers reads it before we do
+        load(tmp_path)
+    assert "weight_map must say" in str(verify_files(tmp_path)[0])
+
+
 def test_a_text_never_chooses_code(saved: Path) -> None:
     for key in ("auto_map", "transformers_weights", "attn_implementation", "_attn_implementation_internal"):
         before = (saved / "config.json").read_text()

@@ -135,13 +135,19 @@ def test_a_damaged_config_is_a_finding(saved: Path) -> None:
     ("seal", "said"),
     [
         ("{", "damaged"),
+        (None, "damaged"),
         ('{"version":1,"config":{},"tensors":{"x":["F32",[1]]}}', "damaged"),
         ('{"version":2,"config":{},"tensors":{}}', "reads up to 1"),
     ],
 )
-def test_a_damaged_seal_is_an_error(seal: str, said: str, saved: Path) -> None:
+def test_a_damaged_seal_is_an_error(seal: str | None, said: str, saved: Path) -> None:
     file = saved / "model.safetensors"
-    save_file(load_file(file), file, metadata={"format": "pt", "hfcompress": seal})
+    metadata = dict(read_header(file).metadata)
+    if seal is None:  # one number of the whole seal changed
+        metadata["hfcompress"] = metadata["hfcompress"].replace("1", "2", 1)
+    else:
+        metadata |= {"hfcompress": seal, "hfcompress.sha256": hashlib.sha256(seal.encode()).hexdigest()}
+    save_file(load_file(file), file, metadata=metadata)
     assert said in verify_files(saved)[0].message
     with pytest.raises(CheckpointError, match=said):
         load(saved)

@@ -16,6 +16,7 @@ class LowRankLinear(nn.Module):
         out_features: Width of the output.
         rank: Width between the factors.
         bias: Whether `up` has a bias.
+        transposed: Whether the layer that this stands for is one of GPT-2's, whose weight is `(in, out)`.
         device: Where the parameters are made.
         dtype: The parameters' dtype.
     """
@@ -29,10 +30,12 @@ class LowRankLinear(nn.Module):
         rank: int,
         *,
         bias: bool,
+        transposed: bool = False,
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        self.transposed = transposed
         self.down = nn.Linear(in_features, rank, bias=False, device=device, dtype=dtype)
         self.up = nn.Linear(rank, out_features, bias=bias, device=device, dtype=dtype)
         self.register_buffer("weight", torch.zeros(1, device=device, dtype=dtype))

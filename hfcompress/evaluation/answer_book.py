@@ -1,0 +1,88 @@
+"""Every answer of every measured model of a run, kept beside the report: what its figures can be computed from."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Annotated, Literal
+
+from pydantic import Field, TypeAdapter, ValidationError
+
+from hfcompress.errors import CheckpointError
+from hfcompress.evaluation.comparison import Answers
+from hfcompress.evaluation.records import STRICT
+from hfcompress.evaluation.report import Report
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowAnswers:
+    """One model's answers.
+
+    Attributes:
+        name: The row of the report.
+        predictions: Label ids of the task, or numbers, one an example.
+        confidences: The probability given to each prediction; nothing in regression.
+    """
+
+    __pydantic_config__ = STRICT
+
+    name: str
+    predictions: list[int] | list[float]
+    confidences: list[float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnswerBook:
+    """The answers behind a report.
+
+    Attributes:
+        format: The version of this record.
+        report: SHA-256 of the report's JSON, by which a report that was altered afterwards is known.
+        references: The right answers, in the split's order.
+        rows: One for each row of the report, in its order.
+    """
+
+    __pydantic_config__ = STRICT
+
+    format: Literal[1] = 1
+    report: str
+    references: list[int] | list[float]
+    rows: Annotated[tuple[RowAnswers, ...], Field(min_length=1)]
+
+    @classmethod
+    def of_run(cls, report: Report, answers: Sequence[Answers]) -> AnswerBook:
+        """Returns the book of a report whose rows were measured by these answers."""
+        rows = tuple(
+            RowAnswers(name=row.name, predictions=each.predictions, confidences=each.confidences)
+            for row, each in zip(report.rows, answers, strict=True)
+        )
+        return cls(report=seal(report.to_json()), references=answers[0].references, rows=rows)
+
+    def answers(self, place: int) -> Answers:
+        """Returns the answers of one row."""
+        row = self.rows[place]
+        return Answers(predictions=row.predictions, references=self.references, confidences=row.confidences)
+
+    def to_json(self) -> str:
+        """Returns the book as JSON text, on few lines: it holds a number for every example."""
+        return json.dumps(asdict(self), ensure_ascii=False, allow_nan=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> AnswerBook:
+        """Reads what `to_json` wrote, strictly.
+
+        Raises:
+            CheckpointError: The text is no such JSON.
+        """
+        try:
+            return TypeAdapter(cls).validate_json(text)
+        except ValidationError as error:
+            lines = "".join(f"\n  {'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors()[:5])
+            raise CheckpointError(f"the kept predictions are not valid:{lines}") from None
+
+
+def seal(report: str) -> str:
+    """Returns the digest that ties a report's text to what was written with it."""
+    return hashlib.sha256(report.encode()).hexdigest()

@@ -1,0 +1,71 @@
+"""What low-rank factorization can be asked for."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from hfcompress.configuration import Config
+
+Target = Literal["attention", "ffn", "query", "key", "value", "attention_output", "ffn_input", "ffn_output", "linear"]
+_SIZES = ("keep", "rank", "energy", "budget")
+
+
+class LowRankConfig(Config):
+    """How to factorise. How far is said by exactly one of `keep`, `rank`, `energy` and `budget`.
+
+    Attributes:
+        targets: Roles of the layers: `attention` and `ffn`, or single projections. `linear` is every linear layer
+            of the base model, in any family.
+        keep: Share of the parameters that every target keeps; 0.5 where nothing else is said.
+        rank: The rank of every target.
+        energy: Share of the squared singular values (with `whitened` of those of the whitened matrix) that every
+            target keeps.
+        budget: Share of the parameters that all targets together keep; above 0.2, the lowest share of one layer.
+            Ranks go where they lower the loss most, measured layer by layer on calibration data.
+        method: `whitened` minimises the error of the layer's outputs on the calibration data, `svd` that of its
+            weights, `fisher` that of its weights by what the loss says of each input (needs labels), `nmf`
+            uses non-negative matrices; `auto` is `whitened` where there is calibration data, else `svd`.
+        sequential: Each layer is fitted to give the original's outputs from the inputs that the factorised layers
+            before it produce. With `whitened` only; takes longer, and the memory of a second model.
+        refit: The second factor is fitted again to the layer's outputs on the calibration data. The result of
+            `whitened` is fitted already.
+        correct_bias: Biases take over the mean of each layer's error on the calibration data, and `whitened` fits
+            the rest. Layers without a bias stay without.
+        sensitivity: What `budget` goes by: the `loss` on labels, or how far the model's `outputs` move; `auto` is
+            `loss` where there are labels.
+        sensitivity_batches: How many calibration batches `budget` measures on.
+        multiple_of: Ranks (but not `rank`) are rounded to a multiple of this, which kernels and 4-bit blocks like:
+            down, and with `energy` up.
+    """
+
+    targets: tuple[Target, ...] = Field(("attention", "ffn"), strict=False, min_length=1)
+    keep: float | None = Field(0.5, gt=0, lt=1)
+    rank: int | None = Field(None, ge=1)
+    energy: float | None = Field(None, gt=0, lt=1)
+    budget: float | None = Field(None, gt=0.2, lt=1)
+    method: Literal["auto", "whitened", "svd", "fisher", "nmf"] = "auto"
+    sequential: bool = False
+    refit: bool = False
+    correct_bias: bool = False
+    sensitivity: Literal["auto", "loss", "outputs"] = "auto"
+    sensitivity_batches: int = Field(2, ge=1)
+    multiple_of: int = Field(8, ge=1, le=256)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_size(cls, values: Any) -> Any:
+        if isinstance(values, dict) and "keep" not in values and any(values.get(name) is not None for name in _SIZES):
+            return values | {"keep": None}
+        return values
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        given = [name for name in _SIZES if getattr(self, name) is not None]
+        if len(given) != 1:
+            said = " and ".join(given) or "none"
+            raise ValueError(f"exactly one of {', '.join(_SIZES)} must be given, not {said}")
+        if self.sequential and self.method not in ("auto", "whitened"):
+            raise ValueError(f"sequential goes with the method whitened, not {self.method}")
+        return self

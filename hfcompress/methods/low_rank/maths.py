@@ -1,0 +1,176 @@
+"""The best product of two thin matrices, in several senses. Pure functions of tensors; all work in float64."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+
+from hfcompress.errors import CompressionError
+
+Factors = tuple[torch.Tensor, torch.Tensor]
+
+# How far `retarget` trusts the calibration inputs: the part of their mean energy that is added to every direction.
+_RETARGET_RIDGE = 0.01
+_REFIT_RIDGE = 1e-6
+
+
+def truncate(weight: torch.Tensor, rank: int, second_moment: torch.Tensor | None = None) -> Factors:
+    """Finds the best product of two thin matrices, by singular value decomposition.
+
+    With second moments of the inputs the product minimises `E |(W - up @ down) x|²`, the true error of the
+    layer's outputs (Chen et al. 2021, DRONE; Wang et al. 2024, SVD-LLM: the closed form by whitening). With a
+    diagonal matrix it minimises the squares of `W - up @ down` weighted by column, which is what Fisher-weighted
+    factorization asks for (Hsu et al. 2022, FWSVD).
+
+    Args:
+        weight: `(out, in)`, finite.
+        rank: At least 1; clipped to `min(out, in)`.
+        second_moment: `(in, in)`, symmetric positive semi-definite; None for the identity.
+
+    Returns:
+        `up` `(out, rank)` and `down` `(rank, in)`, float32. Each component has the same norm in both, so that
+        neither factor is out of scale for an optimizer or a quantizer.
+
+    Raises:
+        CompressionError: The weight or the moments are not finite.
+    """
+    require_finite(weight, second_moment)
+    # W R = U s Vᵀ for any R with R Rᵀ = S, so the best product is U_r U_rᵀ W: no inverse is ever needed.
+    up = torch.linalg.svd(_whitened(weight, second_moment), full_matrices=False).U[:, :rank]
+    return balance(up, up.T @ weight.double())
+
+
+def energies(weight: torch.Tensor, second_moment: torch.Tensor | None = None) -> torch.Tensor:
+    """Returns the squared singular values of the whitened matrix, float64 and descending.
+
+    The sum of those beyond a rank is the error of `truncate` at that rank.
+
+    Raises:
+        CompressionError: The weight or the moments are not finite.
+    """
+    require_finite(weight, second_moment)
+    return torch.linalg.svdvals(_whitened(weight, second_moment)).square()
+
+
+def _whitened(weight: torch.Tensor, second_moment: torch.Tensor | None) -> torch.Tensor:
+    return weight.double() if second_moment is None else weight.double() @ _root(second_moment.double())
+
+
+def _root(moment: torch.Tensor) -> torch.Tensor:
+    """Returns a matrix R with `R Rᵀ` equal to the moments; eigenvectors serve where Cholesky cannot."""
+    root, failed = torch.linalg.cholesky_ex(moment)
+    if not failed and torch.isfinite(root).all():
+        return root
+    squares, directions = torch.linalg.eigh(moment)
+    return directions * squares.clamp_min(0).sqrt()
+
+
+def balance(up: torch.Tensor, down: torch.Tensor) -> Factors:
+    """Gives each component the same norm in both factors, in float32; a component of norm 0 becomes 0 in both."""
+    above, below = up.norm(dim=0), down.norm(dim=1)
+    both = (above > 0) & (below > 0)
+    share = torch.where(both, (below / torch.where(both, above, 1)).sqrt(), 0)
+    return (up * share).float(), (down / torch.where(both, share, 1).unsqueeze(1) * both.unsqueeze(1)).float()
+
+
+def require_finite(weight: torch.Tensor, second_moment: torch.Tensor | None = None) -> None:
+    """Refuses numbers that no decomposition can take.
+
+    Raises:
+        CompressionError: Says which matrix holds them.
+    """
+    for name, matrix in (("weight", weight), ("second moment", second_moment)):
+        if matrix is not None and not torch.isfinite(matrix).all():
+            raise CompressionError(f"the {name} holds values that are not finite")
+
+
+def retarget(
+    weight: torch.Tensor, second_moment: torch.Tensor, cross_moment: torch.Tensor, ridge: float = _RETARGET_RIDGE
+) -> torch.Tensor:
+    """Finds the full matrix that makes the original outputs out of other inputs.
+
+    It minimises `E |W x - A x'|² + λ |W - A|²`, x being what the original layer gets and x' what this one will.
+    The error of any other matrix is that of this one plus its distance from it, measured by `E x' x'ᵀ + λ`, so
+    that truncating it is exact.
+
+    Args:
+        weight: `W`, `(out, in)`.
+        second_moment: `E x' x'ᵀ`, `(in, in)`.
+        cross_moment: `E x x'ᵀ`, `(in, in)`.
+        ridge: λ, in units of the mean energy of x'; keeps directions that the data do not show as they are.
+
+    Returns:
+        `A`, float64.
+    """
+    size = len(second_moment)
+    level = ridge * second_moment.double().diagonal().mean()
+    if level <= 0:
+        return weight.double()
+    identity = torch.eye(size, dtype=torch.float64, device=weight.device)
+    aim = weight.double() @ (cross_moment.double() + level * identity)
+    return torch.linalg.solve(second_moment.double() + level * identity, aim, left=False)
+
+
+def refit(weight: torch.Tensor, up: torch.Tensor, down: torch.Tensor, second_moment: torch.Tensor) -> Factors:
+    """Finds the best `up` for a `down` that is given: least squares of the outputs on the calibration inputs.
+
+    Args:
+        weight: `(out, in)`.
+        up: `(out, rank)`; stays as it is in directions that the data do not show.
+        down: `(rank, in)`.
+        second_moment: `(in, in)`.
+
+    Returns:
+        The new `up`, and `down`, balanced.
+    """
+    moment, thin = second_moment.double(), down.double()
+    seen = thin @ moment
+    square = seen @ thin.T
+    level = _REFIT_RIDGE * square.diagonal().mean()
+    if level <= 0:
+        return up, down
+    ridge = level * torch.eye(len(square), dtype=torch.float64, device=square.device)
+    aim = weight.double() @ seen.T + level * up.double()
+    return balance(torch.linalg.solve(square + ridge, aim, left=False), thin)
+
+
+def nonnegative(weight: torch.Tensor, rank: int, iterations: int = 100) -> Factors:
+    """Factorises by non-negative matrices (scikit-learn's coordinate descent, deterministic).
+
+    A matrix with signs is split: `[W⁺ W⁻] ≈ up @ [D⁺ D⁻]` with all of them non-negative, so
+    `W ≈ up @ (D⁺ - D⁻)`. No such product is nearer to W than the plain truncation.
+
+    Args:
+        weight: `(out, in)`, finite.
+        rank: At least 1; clipped to `min(out, in)`.
+        iterations: At most so many sweeps.
+
+    Returns:
+        As `truncate`.
+
+    Raises:
+        CompressionError: The weight is not finite.
+    """
+    from sklearn.decomposition import NMF
+    from sklearn.exceptions import ConvergenceWarning
+
+    require_finite(weight)
+    rank = min(rank, *weight.shape)
+    matrix = weight.double().cpu()
+    largest = matrix.abs().max()
+    if largest == 0:
+        return weight.new_zeros(len(weight), rank).float(), weight.new_zeros(rank, weight.shape[1]).float()
+    scaled = matrix / largest
+    split = torch.cat((scaled.clamp_min(0), (-scaled).clamp_min(0)), dim=1)
+    # scikit-learn's own start from singular vectors divides by zero where the matrix has fewer than `rank`.
+    left, sizes, right = torch.linalg.svd(split, full_matrices=False)
+    scales = sizes[:rank].sqrt()
+    start = (left[:, :rank] * scales).abs(), (scales.unsqueeze(1) * right[:rank]).abs()
+    solver = NMF(rank, init="custom", tol=1e-4, max_iter=iterations)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # a bounded number of sweeps is what is asked for
+        up = torch.from_numpy(solver.fit_transform(split.numpy(), W=start[0].numpy(), H=start[1].numpy()))
+    positive, negative = torch.from_numpy(solver.components_).chunk(2, dim=1)
+    up, down = balance(up * largest, positive - negative)
+    return up.to(weight.device), down.to(weight.device)

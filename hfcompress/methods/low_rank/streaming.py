@@ -1,0 +1,161 @@
+"""Factorises a checkpoint that is larger than memory, one matrix at a time.
+
+The weights are mapped from their files and the factors are put into files of their own and mapped as well, so that
+only the matrix at hand is in memory.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import AutoConfig, GenerationConfig, PreTrainedModel
+
+from hfcompress.errors import CheckpointError, CompressionError, RunFolderError
+from hfcompress.methods.low_rank.config import LowRankConfig
+from hfcompress.methods.low_rank.method import Knowledge, choose_ranks, factorize_layer, float_layers
+from hfcompress.modeling.anatomy import base_model
+from hfcompress.modeling.checkpoint import commit, save
+from hfcompress.modeling.headers import read_header
+from hfcompress.modeling.layers.low_rank import LowRankLinear
+from hfcompress.modeling.placement import inspect_texts, weight_files
+
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_STOCK = "Load it with from_pretrained and save it again, or compress it in memory."
+
+
+def stream_factorize(
+    source: Path | str, out: Path | str, config: LowRankConfig, *, max_shard_size: str = "2GB", progress: bool = True
+) -> dict[str, Any]:
+    """Factorises a checkpoint on disk; the result is the one that doing it in memory would save.
+
+    Args:
+        source: A checkpoint of a stock model in safetensors files, one or many. It is only read.
+        out: Where the result goes; must not exist, or be empty. Files that are no weights are not copied.
+        config: With method `svd` (which `auto` is here) or `nmf`, and `keep`, `rank` or `energy`.
+        max_shard_size: As `save_pretrained` takes it.
+        progress: Whether to show a bar.
+
+    Returns:
+        What `low_rank` returns.
+
+    Raises:
+        CheckpointError: The source is not whole, is compressed already, or has other tensors than its class.
+        CompressionError: The config needs calibration data, or a matrix is not finite (it is named).
+        RunFolderError: `out` holds something.
+    """
+    source, out = Path(source), Path(out)
+    _require_no_data_needed(config)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise RunFolderError(f"{out} is not empty", hint="Choose a new folder.")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    model = mapped_model(source)
+    knowledge = Knowledge(method="nmf" if config.method == "nmf" else "svd")
+    layers, _ = float_layers(model, config)
+    ranks, _ = choose_ranks(model, layers, config, knowledge, ())
+    scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}.factors-", dir=out.parent))
+    try:
+        plan = {path: rank for path, rank in ranks.items() if rank is not None}
+        for number, (path, rank) in enumerate(tqdm(plan.items(), desc="factorizing", disable=not progress)):
+            factorize_layer(model, path, rank, config, knowledge)
+            _spill(base_model(model).get_submodule(path), scratch / f"{number}.safetensors")
+        commit(model)
+        save(model, out, max_shard_size=max_shard_size)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    whole = [path for path, rank in ranks.items() if rank is None]
+    return {"method": knowledge.method, "ranks": plan, "left_whole": whole}
+
+
+def _require_no_data_needed(config: LowRankConfig) -> None:
+    fitted = [name for name in ("sequential", "refit", "correct_bias") if getattr(config, name)]
+    if config.method in ("whitened", "fisher"):
+        fitted.append(f"method {config.method}")
+    if config.budget is not None:
+        fitted.append("budget")
+    if fitted:
+        raise CompressionError(
+            f"{fitted[0]} needs calibration data, which a checkpoint on disk is not run on",
+            hint="Use method svd or nmf with keep, rank or energy.",
+        )
+
+
+def mapped_model(folder: Path) -> PreTrainedModel:
+    """Makes the stock model of a checkpoint, with parameters that lie in its files.
+
+    Raises:
+        CheckpointError: The checkpoint is compressed, or its tensors are not those of its class.
+    """
+    inspect_texts(folder)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    if getattr(config, "quantization_config", None) is not None:
+        raise CheckpointError(f"{folder} is compressed already", hint="Start from the stock checkpoint.")
+    model = _empty(config)
+    tensors: dict[str, torch.Tensor] = {}
+    for file in weight_files(folder):
+        tensors |= _mapped(file)
+    found = model.load_state_dict(tensors, strict=False, assign=True)
+    if found.unexpected_keys:
+        raise CheckpointError(f"{type(model).__name__} has no tensor '{found.unexpected_keys[0]}'", hint=_STOCK)
+    model.tie_weights()
+    missing = [name for name, tensor in model.state_dict().items() if tensor.device.type == "meta"]
+    if missing:
+        raise CheckpointError(f"the checkpoint has no tensor '{missing[0]}'", hint=_STOCK)
+    if model.can_generate() and (folder / "generation_config.json").exists():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    return model.eval()
+
+
+def _empty(config: Any) -> PreTrainedModel:
+    import transformers
+
+    name = str((config.architectures or [None])[0])
+    made = getattr(transformers, name, None)
+    if not (isinstance(made, type) and issubclass(made, PreTrainedModel)):
+        raise CheckpointError(f"config.json: architectures names no model class of transformers: '{name}'")
+    with torch.device("meta"):
+        return made(config)
+
+
+def _mapped(file: Path) -> dict[str, torch.Tensor]:
+    """Maps each tensor of a file by itself: what shares one mapping would be saved into one shard."""
+    tensors: dict[str, torch.Tensor] = {}
+    for name, entry in read_header(file).tensors.items():
+        dtype = _DTYPES.get(entry.dtype)
+        if dtype is None:
+            raise CheckpointError(f"{file.name}: '{name}' is of type {entry.dtype}, which is not supported")
+        if entry.end == entry.start:
+            tensors[name] = torch.empty(entry.shape, dtype=dtype)
+            continue
+        raw = np.memmap(file, np.uint8, mode="c", offset=entry.start, shape=(entry.end - entry.start,))
+        if entry.start % dtype.itemsize:  # no tensor may begin in the middle of a number
+            raw = raw.copy()
+        tensors[name] = torch.from_numpy(raw).view(dtype).view(entry.shape)
+    return tensors
+
+
+def _spill(module: nn.Module, file: Path) -> None:
+    """Puts factors into a file and maps them from there."""
+    assert isinstance(module, LowRankLinear)
+    save_file({"up": module.up.weight.detach(), "down": module.down.weight.detach()}, file)
+    mapped = _mapped(file)
+    for name, factor in (("up", module.up), ("down", module.down)):
+        factor.weight = nn.Parameter(mapped[name], requires_grad=factor.weight.requires_grad)

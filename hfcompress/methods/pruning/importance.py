@@ -1,0 +1,162 @@
+"""How much each unit matters: statistics from one pass over calibration data, and scores from statistics."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from hfcompress.errors import CompressionError
+from hfcompress.methods.calibration import run_batches
+from hfcompress.methods.pruning.units import Units
+from hfcompress.methods.registry import Batch
+
+
+def taylor(gradients: torch.Tensor) -> torch.Tensor:
+    """Mean size of the derivative by a factor on each unit (Michel et al. 2019): `(examples, units)` to `(units,)`."""
+    return gradients.abs().mean(0)
+
+
+def fisher(gradients: torch.Tensor) -> torch.Tensor:
+    """Diagonal of the empirical Fisher matrix (Kwon et al. 2022): `(examples, units)` to `(units,)`."""
+    return gradients.square().mean(0)
+
+
+def magnitude(units: Units) -> torch.Tensor:
+    """Squared size of the weights that read each unit, `(units,)`."""
+    return units.fold(units.weight_and_gradient()[0].float().square().sum(0))
+
+
+class _NotByExample(Exception):
+    """A block's inputs do not have the batch's examples in their first dimension."""
+
+
+def mask_gradients(model: PreTrainedModel, units: Sequence[Units], batches: Sequence[Batch]) -> list[torch.Tensor]:
+    """Takes the derivative of each example's loss by a factor on each unit.
+
+    Every example gets factors of its own, all 1, so that one backward pass through a batch tells its examples
+    apart; no gradient of a weight is computed. Where a block mixes the examples of a batch they are run one by one.
+
+    Args:
+        model: The model; in evaluation mode while this runs.
+        units: The units.
+        batches: Model inputs with `labels`.
+
+    Returns:
+        For each of `units` float32 `(examples, count)`, on the CPU.
+
+    Raises:
+        CompressionError: No batches, no loss, or derivatives that are not finite.
+    """
+    try:
+        return _mask_gradients(model, units, batches)
+    except _NotByExample:
+        return _mask_gradients(model, units, [one for batch in batches for one in _one_by_one(batch)])
+
+
+def examples_in(batch: Batch) -> int:
+    """Returns how many examples a batch holds."""
+    return len(next(iter(batch.values())))
+
+
+def _one_by_one(batch: Batch) -> Iterator[Batch]:
+    count = examples_in(batch)
+    for index in range(count):
+        yield {name: value[index : index + 1] if len(value) == count else value for name, value in batch.items()}
+
+
+def _mask_gradients(model: PreTrainedModel, units: Sequence[Units], batches: Sequence[Batch]) -> list[torch.Tensor]:
+    rows: list[list[torch.Tensor]] = [[] for _ in units]
+    factors: list[torch.Tensor] = []
+    sizes = iter([examples_in(batch) for batch in batches])
+
+    def opening(module: nn.Module, *_: Any) -> None:
+        size = next(sizes)
+        factors[:] = [torch.ones(size, each.count, device=each.entry.weight.device).requires_grad_() for each in units]
+
+    def by_example(index: int) -> Any:
+        def hook(module: nn.Module, arguments: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor]:
+            inputs, factor = arguments[0], units[index].spread(factors[index])
+            if inputs.dim() < 3 or len(inputs) != len(factor):
+                raise _NotByExample
+            between = [1] * (inputs.dim() - 2)
+            return (inputs * factor.view(len(factor), *between, -1).to(inputs.dtype),)
+
+        return hook
+
+    with ExitStack() as stack:
+        stack.enter_context(_frozen(model))
+        stack.callback(model.register_forward_pre_hook(opening).remove)
+        for index, each in enumerate(units):
+            stack.callback(each.entry.register_forward_pre_hook(by_example(index)).remove)
+        for outputs in run_batches(model, batches, description="scoring"):
+            loss = outputs.get("loss")
+            if loss is None:
+                raise CompressionError("the model returns no loss for the calibration batches")
+            # The loss is a mean over the batch.
+            found = torch.autograd.grad(loss * len(factors[0]), factors, allow_unused=True)
+            for kept, factor, gradient in zip(rows, factors, found, strict=True):
+                kept.append(torch.zeros_like(factor).cpu() if gradient is None else gradient.detach().float().cpu())
+    gradients = [torch.cat(each) for each in rows]
+    for each, gradient in zip(units, gradients, strict=True):
+        if not torch.isfinite(gradient).all():
+            raise CompressionError(
+                f"{each.block.name}: importance is not finite", hint="Check weights and calibration data for NaN."
+            )
+    return gradients
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """Computes no gradients of weights inside the body."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    try:
+        with torch.enable_grad():
+            yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
+
+
+def output_energies(model: PreTrainedModel, units: Sequence[Units], batches: Sequence[Batch]) -> list[torch.Tensor]:
+    """Averages, over positions, the squared size of what each unit adds to its block's output, input by input.
+
+    Args:
+        model: The model.
+        units: The units.
+        batches: Model inputs; they need no labels.
+
+    Returns:
+        For each of `units` float32 `(count,)`, on the CPU.
+
+    Raises:
+        CompressionError: No batches, or activations that are not finite.
+    """
+    totals = [torch.zeros(each.count) for each in units]
+
+    def watch(total: torch.Tensor, each: Units) -> Any:
+        norms = each.weight_and_gradient()[0].float().square().sum(0)
+
+        def hook(module: nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
+            energy = arguments[0].detach().flatten(0, -2).float().square().mean(0)
+            total.add_(each.fold(energy * norms).cpu())
+
+        return hook
+
+    with ExitStack() as stack, torch.no_grad():
+        for total, each in zip(totals, units, strict=True):
+            stack.callback(each.entry.register_forward_pre_hook(watch(total, each)).remove)
+        for _ in run_batches(model, batches, description="scoring"):
+            pass
+    for each, total in zip(units, totals, strict=True):
+        if not torch.isfinite(total).all():
+            raise CompressionError(
+                f"{each.block.name}: importance is not finite", hint="Check weights and calibration data for NaN."
+            )
+    return [total / len(batches) for total in totals]

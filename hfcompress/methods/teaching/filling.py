@@ -1,0 +1,281 @@
+"""Fills a teacher's cache: its key, its shards, and the room they take."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from transformers import PreTrainedModel
+
+from hfcompress.errors import CompressionError
+from hfcompress.methods.resuming import digest
+from hfcompress.methods.teaching.cache import META, Layout, TeacherCache, shard_file, state_name
+from hfcompress.methods.teaching.signals import Asked, at_place, is_token_level, run_teacher, token_mask
+from hfcompress.methods.training import EXAMPLE_ID, Rows
+
+logger = logging.getLogger(__name__)
+
+FORMAT = 1
+_NOT_INPUTS = {"labels", "label", "label_ids", EXAMPLE_ID}
+
+
+# Keys
+
+
+def teacher_digest(model: PreTrainedModel) -> str:
+    """Returns a digest of a live model's class, config and weights, whatever their precision."""
+    hasher = hashlib.sha256()
+    config = {k: v for k, v in model.config.to_dict().items() if k not in ("_name_or_path", "transformers_version")}
+    hasher.update(json.dumps([type(model).__name__, config], sort_keys=True, default=str).encode())
+    for name, value in sorted(model.state_dict().items()):
+        hasher.update(name.encode())
+        _feed(hasher, value)
+    return hasher.hexdigest()
+
+
+def scan(rows: Rows, *, with_labels: bool) -> tuple[str, list[int]]:
+    """Returns a digest of the rows' inputs (and of the first ones as they are collated), and the rows' lengths.
+
+    Raises:
+        CompressionError: The same rows are another batch each time.
+    """
+    left_out = _NOT_INPUTS - ({"labels"} if with_labels else set())
+    hasher, lengths = hashlib.sha256(), []
+    for row in rows:
+        for name in sorted(set(row) - left_out):
+            hasher.update(name.encode())
+            _feed(hasher, row[name])
+        own = row["labels"] if with_labels else row.get("input_ids", ())
+        lengths.append(sum(label != -100 for label in own) if with_labels else len(own))
+    for name, value in sorted(_repeatable(rows).items()):
+        if name not in left_out:
+            hasher.update(name.encode())
+            _feed(hasher, value)
+    return hasher.hexdigest(), lengths
+
+
+def _feed(hasher: Any, value: Any) -> None:
+    if isinstance(value, torch.Tensor):
+        flat = value.detach().cpu().contiguous().reshape(-1)
+        hasher.update(f"{value.dtype}{tuple(value.shape)}".encode())
+        hasher.update(flat.view(torch.uint8).numpy().data)
+    else:
+        hasher.update(json.dumps(value, default=_plain).encode())
+
+
+def _plain(value: Any) -> Any:
+    return value.tolist() if hasattr(value, "tolist") else repr(value)
+
+
+def _repeatable(rows: Rows) -> dict[str, Any]:
+    """Collates the first rows twice.
+
+    Raises:
+        CompressionError: The batches differ, so that no answer to them can be kept.
+    """
+    few = range(min(8, len(rows)))
+    with torch.random.fork_rng(devices=[]):
+        first, second = rows.batch(few), rows.batch(few)
+    for name, value in first.items():
+        if isinstance(value, torch.Tensor) and not torch.equal(value, second[name]):
+            raise CompressionError(
+                f"the teacher's outputs cannot be cached: '{name}' of the same rows is another each time",
+                hint="Set cache: false where the collator or the data set masks, crops or augments at random.",
+            )
+    return first
+
+
+def _look(teacher: PreTrainedModel, asked: Asked, rows: Rows, lengths: Sequence[int], top_k: int | None) -> Layout:
+    """Runs the teacher on the first row to see what its outputs are like."""
+    batch = rows.batch(range(1))
+    with rows.autocast():
+        outputs = run_teacher(teacher, batch, asked)
+    states = {state_name(place): at_place(outputs, "hidden_states", place) for place in asked.hidden}
+    logits = outputs["logits"]
+    width = logits.shape[-1] if logits.dim() > 1 else 1
+    per_token = is_token_level(teacher)
+    lengths_elsewhere = len(rows) * next((state.shape[1] for state in states.values()), 1)  # images: all alike
+    return Layout(
+        rows=len(rows),
+        per_token=per_token,
+        width=min(top_k, width) if top_k else width,
+        top_k=bool(top_k),
+        hidden={name: (state.shape[-1], str(state.dtype).removeprefix("torch.")) for name, state in states.items()},
+        tokens=(sum(lengths) or lengths_elsewhere) if per_token or states else 0,
+    )
+
+
+# Filling
+
+
+def fill(
+    teacher: PreTrainedModel,
+    asked: Asked,
+    rows: Rows,
+    root: Path,
+    *,
+    top_k: int | None = None,
+    temperature: float = 1.0,
+) -> TeacherCache:
+    """Finds a teacher's cache for these rows, or makes it; goes on with one that was cut off.
+
+    Args:
+        teacher: The teacher, in evaluation mode.
+        asked: Logits and hidden states that are to be kept.
+        rows: The training set.
+        root: The folder that holds caches; runs may share it.
+        top_k: Keeps only so many of the largest probabilities of a position, and their log-probabilities at
+            `temperature`.
+        temperature: See `top_k`.
+
+    Raises:
+        CompressionError: It does not fit on the disk, or the same rows are another batch each time.
+    """
+    from filelock import FileLock
+
+    rows_key, lengths = scan(rows, with_labels=teacher.config.is_encoder_decoder)
+    layout = _look(teacher, asked, rows, lengths, top_k)
+    key = {
+        "format": FORMAT,
+        "teacher": teacher_digest(teacher),
+        "rows": rows_key,
+        "temperature": temperature if top_k else None,
+        "autocast": _autocast_dtype(rows),
+        "layout": asdict(layout),
+    }
+    folder = root / _key_name(key)
+    root.mkdir(parents=True, exist_ok=True)
+    with FileLock(root / f"{folder.name}.lock"):
+        _begin(folder, key, layout)
+        missing = [index for index in range(layout.shards) if not _is_whole(shard_file(folder, index))]
+        if missing:
+            _require_room(folder, layout, share=len(missing) / layout.shards)
+            started = time.monotonic()
+            for index in missing:
+                _write_shard(folder, index, _make_shard(teacher, asked, rows, layout, index, temperature, lengths))
+            logger.info("cached the teacher's outputs in %.0f s", time.monotonic() - started)
+    return TeacherCache(folder, key)
+
+
+def _autocast_dtype(rows: Rows) -> str:
+    with rows.autocast():
+        kind = rows.device.type
+        return str(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else "none"
+
+
+def _key_name(key: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _begin(folder: Path, key: Mapping[str, Any], layout: Layout) -> None:
+    folder.mkdir(exist_ok=True)
+    for litter in folder.glob(".*.partial"):
+        litter.unlink()
+    if not (folder / META).exists():
+        _write_text(folder / META, json.dumps(key, indent=2))
+        logger.info(
+            "the teacher's outputs on %d rows take %s in %s", layout.rows, _megabytes(layout.bytes), folder.parent
+        )
+
+
+def _require_room(folder: Path, layout: Layout, *, share: float) -> None:
+    needed, free = int(layout.bytes * share * 1.05), shutil.disk_usage(folder).free
+    if needed > free:
+        raise CompressionError(
+            f"the teacher's outputs on {layout.rows} rows would take {_megabytes(needed)}, and {folder.parent} has "
+            f"{_megabytes(free)} free",
+            hint="Name fewer layers, keep only the largest probabilities (cache_top_k), or set cache: false.",
+        )
+
+
+def _megabytes(count: int) -> str:
+    return f"{count / 1e6:,.1f} MB"
+
+
+def _is_whole(shard: Path) -> bool:
+    try:
+        return digest(shard) == shard.with_suffix(".sha256").read_text()
+    except OSError:
+        return False
+
+
+def _write_text(file: Path, text: str) -> None:
+    partial = file.with_name(f".{file.name}.partial")
+    partial.write_text(text)
+    os.replace(partial, file)
+
+
+def _write_shard(folder: Path, index: int, tensors: dict[str, torch.Tensor]) -> None:
+    shard = shard_file(folder, index)
+    partial = shard.with_name(f".{shard.name}.partial")
+    save_file(tensors, partial)
+    os.replace(partial, shard)
+    _write_text(shard.with_suffix(".sha256"), digest(shard))
+
+
+def _make_shard(
+    teacher: PreTrainedModel,
+    asked: Asked,
+    rows: Rows,
+    layout: Layout,
+    index: int,
+    temperature: float,
+    lengths: Sequence[int],
+) -> dict[str, torch.Tensor]:
+    """Runs the teacher on a shard's rows, rows of like length together, and puts them in order."""
+    first = index * layout.shard_rows
+    numbers = range(first, min(first + layout.shard_rows, layout.rows))
+    kept: dict[int, dict[str, torch.Tensor]] = {}
+    ordered = sorted(numbers, key=lambda number: lengths[number])
+    for start in range(0, len(ordered), rows.batch_size):
+        few = ordered[start : start + rows.batch_size]
+        batch = rows.batch(few)
+        with rows.autocast():
+            outputs = run_teacher(teacher, batch, asked)
+        for name, pieces in _pieces(teacher, asked, layout, batch, outputs, temperature):
+            for number, piece in zip(few, pieces, strict=True):
+                kept.setdefault(number, {})[name] = piece
+    tensors = {name: torch.cat([kept[number][name] for number in numbers]) for name in kept[first]}
+    per_token = [name for name in tensors if layout.per_token or "hidden" in name]
+    if per_token:
+        counts = torch.tensor([len(kept[number][per_token[0]]) for number in numbers])
+        tensors["ends"] = counts.cumsum(0)
+    return tensors
+
+
+def _pieces(
+    teacher: PreTrainedModel,
+    asked: Asked,
+    layout: Layout,
+    batch: Mapping[str, torch.Tensor],
+    outputs: Any,
+    temperature: float,
+) -> Iterator[tuple[str, Sequence[torch.Tensor]]]:
+    """Yields what is kept of a batch: by name, one tensor for each row, whose first axis is the row's positions."""
+    logits = outputs["logits"].float()
+    logits = logits.unsqueeze(-1) if logits.dim() == 1 else logits
+    if layout.per_token:
+        mask = token_mask(teacher, batch, logits.shape[:2])
+        lengths, logits = mask.sum(1).tolist(), logits[mask]
+    else:
+        lengths = [1] * len(logits)
+    if layout.top_k:
+        values, indices = (logits / temperature).log_softmax(-1).topk(layout.width)
+        yield "logits", values.half().cpu().split(lengths)
+        yield "indices", indices.int().cpu().split(lengths)
+    else:
+        yield "logits", logits.cpu().split(lengths)
+    for place in asked.hidden:
+        states = at_place(outputs, "hidden_states", place)
+        mask = token_mask(teacher, batch, states.shape[:2], place[0])
+        yield state_name(place), states[mask].cpu().split(mask.sum(1).tolist())

@@ -1,0 +1,251 @@
+"""The losses on what lies between inputs and outputs: hidden states, attention, relations, embeddings."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from hfcompress.errors import CompressionError
+from hfcompress.methods.teaching.layers import LayerMap, Pair, depths, map_layers
+from hfcompress.methods.teaching.losses import (
+    HIDDEN_LOSSES,
+    attention_divergence,
+    mean_over_tokens,
+    relation_divergence,
+    weighted_mean,
+)
+from hfcompress.methods.teaching.signals import (
+    Asked,
+    Place,
+    ProjectionTap,
+    Signals,
+    at_place,
+    example_weights,
+    relation_block,
+    relation_widths,
+    token_mask,
+)
+
+logger = logging.getLogger(__name__)
+
+
+class Weights(NamedTuple):
+    """How much each of the terms counts."""
+
+    hidden: float
+    attention: float
+    relations: float
+    embeddings: float
+
+
+class Wanted(Protocol):
+    """What the terms are told; a `DistillationConfig` is one."""
+
+    @property
+    def between(self) -> Weights: ...  # noqa: D102
+    @property
+    def hidden_loss(self) -> str: ...  # noqa: D102
+    @property
+    def layers(self) -> LayerMap | tuple[Pair, ...]: ...  # noqa: D102
+    @property
+    def relation_heads(self) -> int | None: ...  # noqa: D102
+    @property
+    def relation_layers(self) -> Pair | None: ...  # noqa: D102
+
+
+class Intermediate:
+    """Compares a student with a teacher layer by layer.
+
+    Each term is a mean over layers, and in each layer over the real tokens of an example; examples count as many
+    times as outputs of theirs do.
+
+    Args:
+        config: Weights and choices.
+        student: The student.
+        teacher: The teacher; not kept.
+
+    Attributes:
+        asked: What the teacher is asked for.
+        student_asked: What the student's forward must return.
+        said: Which layers learn from which, for the report.
+
+    Raises:
+        CompressionError: Layers, heads or widths of the two cannot be compared.
+    """
+
+    def __init__(self, config: Wanted, student: PreTrainedModel, teacher: PreTrainedModel) -> None:
+        self.config, self.weights = config, config.between
+        ours, theirs = depths(student), depths(teacher)
+        if ours.keys() != theirs.keys():
+            raise CompressionError("only one of teacher and student is an encoder-decoder: their layers do not match")
+        self.pairs: dict[str, tuple[Pair, ...]] = {}
+        if self.weights.hidden or self.weights.attention:
+            self.pairs = {prefix: map_layers(config.layers, ours[prefix], theirs[prefix]) for prefix in ours}
+        self._hidden = self._hidden_places(list(ours))
+        self._attention = [
+            ((prefix, own), (prefix, other))
+            for prefix, pairs in self.pairs.items()
+            for own, other in pairs
+            if self.weights.attention and own and other
+        ]
+        self._own_relations, relations = self._match_relations(student, teacher)
+        self._tap: ProjectionTap | None = None
+        if self._attention:
+            _require_same_heads(student, teacher)
+        self.asked = Asked(
+            hidden=tuple(dict.fromkeys(other for _, other in self._hidden)),
+            attentions=tuple(dict.fromkeys(other for _, other in self._attention)),
+            relations=relations,
+        )
+        self.student_asked = Asked(
+            hidden=tuple(own for own, _ in self._hidden), attentions=tuple(own for own, _ in self._attention)
+        )
+        self.projections = _projections(student, teacher, [own for own, _ in self._hidden])
+        self._was_attention: str | None = None
+
+    def _hidden_places(self, prefixes: Sequence[str]) -> list[tuple[Place, Place]]:
+        places = [
+            ((prefix, own), (prefix, other))
+            for prefix, pairs in self.pairs.items()
+            for own, other in pairs
+            if self.weights.hidden
+        ]
+        if self.weights.embeddings:
+            places += [((prefix, 0), (prefix, 0)) for prefix in prefixes]
+        return list(dict.fromkeys(places))
+
+    def _match_relations(self, student: PreTrainedModel, teacher: PreTrainedModel) -> Pair | tuple[None, None]:
+        if not self.weights.relations:
+            return None, None
+        last = (next(iter(depths(student).values())), next(iter(depths(teacher).values())))
+        own, other = self.config.relation_layers or last
+        ours, theirs = relation_block(student, own), relation_block(teacher, other)
+        self.relation_heads = self.config.relation_heads or theirs.query_heads
+        for name, block in (("student", ours), ("teacher", theirs)):
+            for width in relation_widths(block):
+                if width % self.relation_heads:
+                    common = math.gcd(*relation_widths(ours), *relation_widths(theirs))
+                    raise CompressionError(
+                        f"relation_heads {self.relation_heads} does not divide {width}, a width of the queries, keys "
+                        f"or values of the {name}'s layer {own if name == 'student' else other}",
+                        hint=f"Any divisor of {common} divides all of them.",
+                    )
+        return own, other
+
+    @property
+    def said(self) -> dict[str, list[list[int]]]:
+        """Returns the pairs of layers by term."""
+        found = {
+            "hidden": [[own[1], other[1]] for own, other in self._hidden],
+            "attention": [[own[1], other[1]] for own, other in self._attention],
+            "relations": [[self._own_relations, self.asked.relations]] if self._own_relations else [],
+        }
+        return {term: pairs for term, pairs in found.items() if pairs}
+
+    # In training
+
+    def begin(self, model: PreTrainedModel, device: torch.device) -> None:
+        """Readies the student: hooks on its projections, eager attention where maps are compared."""
+        self.projections.to(device)
+        if self._own_relations and self._tap is None:
+            self._tap = ProjectionTap(relation_block(model, self._own_relations))
+        now = model.config._attn_implementation
+        if self._attention and now != "eager":
+            logger.info("attention is computed eagerly instead of by %s: its maps are compared", now)
+            self._was_attention = now
+            model.set_attn_implementation("eager")
+
+    def end(self, model: PreTrainedModel) -> None:
+        """Leaves the student as it was."""
+        if self._tap:
+            self._tap.close()
+            self._tap = None
+        if self._was_attention:
+            model.set_attn_implementation(self._was_attention)
+            self._was_attention = None
+
+    def losses(
+        self, model: PreTrainedModel, inputs: Mapping[str, torch.Tensor], outputs: Any, taught: Signals
+    ) -> dict[str, torch.Tensor]:
+        """Returns the weighted terms by name."""
+        counts = example_weights(model, inputs)
+        found: dict[str, list[torch.Tensor]] = {}
+        compare = HIDDEN_LOSSES[self.config.hidden_loss]
+        for own, other in self._hidden:
+            states = self._project(at_place(outputs, "hidden_states", own), own)
+            mask = token_mask(model, inputs, states.shape[:2], own[0])
+            values = mean_over_tokens(compare(states, taught.hidden[other]), mask)
+            is_embeddings = self.weights.embeddings and own[1] == 0 and other[1] == 0
+            found.setdefault("embeddings" if is_embeddings else "hidden", []).append(values)
+        for own, other in self._attention:
+            maps = outputs[f"{own[0]}attentions"][own[1] - 1]
+            mask = token_mask(model, inputs, torch.Size((maps.shape[0], maps.shape[2])), own[0])
+            values = attention_divergence(maps, taught.attentions[other], mask)
+            found.setdefault("attention", []).append(values)
+        if self._tap:
+            ours = self._tap.take()
+            mask = token_mask(model, inputs, ours[0].shape[:2], next(iter(depths(model))))
+            found["relations"] = [
+                relation_divergence(own, other, self.relation_heads, mask)
+                for own, other in zip(ours, taught.relations, strict=True)
+            ]
+        weights = self.weights._asdict()
+        return {
+            name: weights[name] * weighted_mean(torch.stack(values).mean(0), counts) for name, values in found.items()
+        }
+
+    # Projections
+
+    def _project(self, states: torch.Tensor, place: Place) -> torch.Tensor:
+        name = _module_name(place)
+        return self.projections[name](states) if name in self.projections else states
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Returns what is trained with the student."""
+        return list(self.projections.parameters())
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Returns the projections' weights."""
+        return {name: value.detach().clone() for name, value in self.projections.state_dict().items()}
+
+    def load_state(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Takes them back in place, where the optimizer knows them."""
+        self.projections.load_state_dict(dict(state))
+
+
+def _module_name(place: Place) -> str:
+    return f"{place[0]}{place[1]}"
+
+
+def _projections(student: PreTrainedModel, teacher: PreTrainedModel, places: Sequence[Place]) -> nn.ModuleDict:
+    """Makes a projection for each of the student's places where widths differ, the same in every process and run."""
+    ours, theirs = int(student.config.hidden_size), int(teacher.config.hidden_size)
+    if ours == theirs:
+        return nn.ModuleDict()
+    generator = torch.Generator().manual_seed(0)  # not the global one: dropout must not depend on the loss
+    made = nn.ModuleDict()
+    for name in sorted({_module_name(place) for place in places}):
+        linear: Any = nn.utils.skip_init(nn.Linear, ours, theirs)
+        with torch.no_grad():
+            linear.weight.normal_(std=ours**-0.5, generator=generator)
+            linear.bias.zero_()
+        made[name] = linear
+    return made
+
+
+def _require_same_heads(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
+    from hfcompress.modeling.anatomy import attention_blocks
+
+    counts = [{block.query_heads for block in attention_blocks(model)} for model in (student, teacher)]
+    if counts[0] != counts[1] or len(counts[0]) > 1:
+        raise CompressionError(
+            f"attention maps are compared head by head: the student has {sorted(counts[0])} heads a layer, the teacher "
+            f"{sorted(counts[1])}",
+            hint="Use relations, which allow for other numbers of heads.",
+        )

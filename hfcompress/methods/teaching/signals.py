@@ -1,0 +1,249 @@
+"""What a model says beside its labels: outputs at the positions that count, hidden states, attentions, relations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from hfcompress.errors import CompressionError
+from hfcompress.methods.training import EXAMPLE_ID, shifts_labels
+from hfcompress.modeling.anatomy import AttentionBlock, attention_blocks
+
+# A place among the hidden states or attentions of a model's outputs: the stack's prefix and the layer.
+Place = tuple[str, int]
+QUERY_KEY_VALUE = ("query", "key", "value")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """What of a teacher is compared.
+
+    Attributes:
+        logits: Whether its outputs are.
+        hidden: Places of hidden states; layer 0 is the embeddings.
+        attentions: Places of attention maps.
+        relations: The layer whose queries, keys and values are, or None.
+    """
+
+    logits: bool = True
+    hidden: tuple[Place, ...] = ()
+    attentions: tuple[Place, ...] = ()
+    relations: int | None = None
+
+    @property
+    def arguments(self) -> dict[str, bool]:
+        """More keyword arguments for a forward that is to return all this."""
+        wanted = {"output_hidden_states": bool(self.hidden), "output_attentions": bool(self.attentions)}
+        return {name: True for name, wished in wanted.items() if wished}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Signals:
+    """What was asked for.
+
+    Attributes:
+        logits: At the positions that count, `(positions, outputs)`; or, where only the largest are known, the
+            log-probabilities `(positions, k)` of the classes in `indices`.
+        indices: int64, `(positions, k)`, or None.
+        hidden: By place, `(batch, tokens, width)`.
+        attentions: By place, `(batch, heads, tokens, tokens)`.
+        relations: Queries, keys and values, each `(batch, tokens, width)`.
+    """
+
+    logits: torch.Tensor | None = None
+    indices: torch.Tensor | None = None
+    hidden: Mapping[Place, torch.Tensor] = field(default_factory=dict)
+    attentions: Mapping[Place, torch.Tensor] = field(default_factory=dict)
+    relations: tuple[torch.Tensor, ...] = ()
+
+
+# Positions
+
+
+def is_token_level(model: PreTrainedModel) -> bool:
+    """Tells whether a model says something about every token, and not about every example."""
+    return model.get_output_embeddings() is not None or model.loss_type == "ForTokenClassification"
+
+
+def token_mask(
+    model: PreTrainedModel, inputs: Mapping[str, torch.Tensor], size: torch.Size | None = None, prefix: str = ""
+) -> torch.Tensor:
+    """Returns which tokens are real.
+
+    Args:
+        model: Student or teacher.
+        inputs: The batch.
+        size: `(batch, tokens)` of what is masked; by default that of the outputs.
+        prefix: Of the stack; `decoder_` reads the labels.
+
+    Returns:
+        Of that size, bool; all True where the inputs have no mask of that size.
+    """
+    decoding = prefix == "decoder_" or (not prefix and model.config.is_encoder_decoder and is_token_level(model))
+    if decoding:
+        mask = inputs["labels"].ne(-100) if "labels" in inputs else inputs.get("decoder_attention_mask")
+    else:
+        mask = inputs.get("attention_mask")
+    if size is None:
+        size = inputs[("decoder_input_ids" if "labels" not in inputs else "labels") if decoding else "input_ids"].shape
+    if mask is not None and mask.shape == size:
+        return mask.bool()
+    some = next(value for value in inputs.values() if isinstance(value, torch.Tensor))
+    return torch.ones(size, dtype=torch.bool, device=some.device)
+
+
+def positions(model: PreTrainedModel, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
+    """Returns which outputs count in the losses: `(batch, tokens)`, or None where every example has one output.
+
+    Those that have a label count; where there are no labels, all real tokens. A causal model's output at a token is
+    about the next one.
+    """
+    if not is_token_level(model):
+        return None
+    if "labels" not in inputs:
+        return token_mask(model, inputs)
+    labelled = inputs["labels"].ne(-100)
+    if shifts_labels(model):
+        labelled = torch.cat([labelled[:, 1:], torch.zeros_like(labelled[:, :1])], 1)
+    if model.config.is_encoder_decoder:
+        return labelled
+    return labelled & token_mask(model, inputs, labelled.shape)  # padding on the left would predict the first token
+
+
+def example_weights(model: PreTrainedModel, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Returns how much each example counts, `(batch,)`: as many outputs as count in it.
+
+    Weighted so, batches of one accumulation window add up to one large batch, for losses on outputs and for those
+    that are means over an example's tokens.
+    """
+    counted = positions(model, inputs)
+    if counted is not None:
+        return counted.sum(1).float()
+    some = next(value for value in inputs.values() if isinstance(value, torch.Tensor))
+    return torch.ones(some.shape[0], device=some.device)
+
+
+def at_positions(logits: torch.Tensor, counted: torch.Tensor | None) -> torch.Tensor:
+    """Returns the outputs that count, `(positions, outputs)`."""
+    if counted is None:
+        return logits if logits.dim() > 1 else logits.unsqueeze(-1)
+    return logits[counted]
+
+
+# Queries, keys and values
+
+
+def relation_block(model: PreTrainedModel, layer: int) -> AttentionBlock:
+    """Returns the self-attention of a layer (counted from 1) of the first stack.
+
+    Raises:
+        CompressionError: There is no such layer.
+        UnsupportedModelError: The family has no file in `architectures/`.
+    """
+    blocks = attention_blocks(model)
+    first = blocks[0].stack
+    own = [block for block in blocks if block.stack is first and block.spec is first.attentions[0]]
+    if not 1 <= layer <= len(own):
+        raise CompressionError(f"relation_layers: {type(model).__name__} has layers 1 to {len(own)}, not {layer}")
+    return own[layer - 1]
+
+
+class ProjectionTap:
+    """Keeps what an attention's query, key and value projections gave in the last forward.
+
+    Args:
+        block: The attention.
+    """
+
+    def __init__(self, block: AttentionBlock) -> None:
+        self._seen: dict[str, torch.Tensor] = {}
+        spec = block.spec
+        self._parts = {"query": spec.query, "key": spec.key, "value": spec.value}
+        paths = {projection.path for projection in self._parts.values()}
+        self._hooks = [block.at(path).register_forward_hook(self._keep(path)) for path in sorted(paths)]
+
+    def _keep(self, path: str) -> Callable[..., None]:
+        def hook(module: Any, inputs: Any, output: torch.Tensor) -> None:
+            self._seen[path] = output
+
+        return hook
+
+    def take(self) -> tuple[torch.Tensor, ...]:
+        """Returns queries, keys and values, `(batch, tokens, width)` each, and forgets them."""
+        seen, self._seen = self._seen, {}
+        parts = (self._parts[role] for role in QUERY_KEY_VALUE)
+        return tuple(seen[each.path].chunk(each.parts, -1)[each.part] for each in parts)
+
+    def close(self) -> None:
+        """Takes the hooks away."""
+        for hook in self._hooks:
+            hook.remove()
+
+
+def relation_widths(block: AttentionBlock) -> tuple[int, ...]:
+    """Returns the widths of a block's queries, keys and values."""
+    keys = block.heads * block.head_dim
+    return block.query_heads * block.head_dim, keys, keys
+
+
+# Teachers
+
+
+class LiveTeacher:
+    """A teacher that runs beside the student: frozen, in evaluation mode, out of the optimizer.
+
+    Args:
+        model: The teacher; quantized and compressed ones work too.
+        asked: What of it is compared.
+    """
+
+    def __init__(self, model: PreTrainedModel, asked: Asked) -> None:
+        self.model, self.asked = model, asked
+        self._tap = ProjectionTap(relation_block(model, asked.relations)) if asked.relations else None
+        self._was_attention = str(model.config._attn_implementation)
+        if asked.attentions and self._was_attention != "eager":
+            model.set_attn_implementation("eager")  # no other attention returns its maps
+
+    def signals(
+        self, inputs: Mapping[str, torch.Tensor], counted: torch.Tensor | None, ids: torch.Tensor | None = None
+    ) -> Signals:
+        """Runs the teacher on the student's inputs.
+
+        Args:
+            inputs: The batch.
+            counted: As `positions` returns it.
+            ids: Not needed.
+        """
+        outputs = run_teacher(self.model, inputs, self.asked)
+        return Signals(
+            logits=at_positions(outputs["logits"], counted) if self.asked.logits else None,
+            hidden={place: at_place(outputs, "hidden_states", place) for place in self.asked.hidden},
+            attentions={(name, n): outputs[f"{name}attentions"][n - 1] for name, n in self.asked.attentions},
+            relations=self._tap.take() if self._tap else (),
+        )
+
+    def close(self) -> None:
+        """Leaves the model as it was."""
+        if self._tap:
+            self._tap.close()
+        if self.model.config._attn_implementation != self._was_attention:
+            self.model.set_attn_implementation(self._was_attention)
+
+
+def run_teacher(model: PreTrainedModel, inputs: Mapping[str, torch.Tensor], asked: Asked) -> Any:
+    """Returns a teacher's outputs for a batch, without gradients."""
+    wanted = {name: value for name, value in inputs.items() if name not in ("labels", EXAMPLE_ID)}
+    if model.config.is_encoder_decoder and "decoder_input_ids" not in wanted and "labels" in inputs:
+        wanted["labels"] = inputs["labels"]  # the decoder's inputs are made from them
+    with torch.no_grad():
+        return model(**wanted, **asked.arguments)
+
+
+def at_place(outputs: Any, kind: str, place: Place) -> torch.Tensor:
+    """Returns the hidden states of one place from a model's outputs."""
+    prefix, layer = place
+    return outputs[f"{prefix}{kind}"][layer]

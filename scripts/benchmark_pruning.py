@@ -1,0 +1,137 @@
+"""Compares ways to choose what to prune without training, on texts of the training split that were held out.
+
+    python scripts/benchmark_pruning.py --model <fine-tuned checkpoint> --task demo/movie-reviews
+
+Every way removes the same share of the layers' FLOPs. Told are agreement with the original's predictions and the KL
+divergence from them; `fisher+reconstruction` is what StructuredPruningConfig(flops=...) does by default. The last
+line compares the time of scoring with that of plain forward and backward passes over the same batches.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding
+
+from hfcompress import StructuredPruningConfig, compress
+from hfcompress.methods.pruning.importance import mask_gradients
+from hfcompress.methods.pruning.targets import target_of
+from hfcompress.modeling.checkpoint import commit
+from hfcompress.tasks import get_task, load_data, preprocess
+
+Batches = list[dict[str, torch.Tensor]]
+
+
+def parse() -> argparse.Namespace:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="a checkpoint fine-tuned on the task")
+    parser.add_argument("--task", default="demo/movie-reviews")
+    parser.add_argument("--data", help="a local folder with the task's data")
+    parser.add_argument("--flops", type=float, default=0.5, help="share of the layers' FLOPs to remove")
+    parser.add_argument("--examples", type=int, default=512, help="calibration examples")
+    parser.add_argument("--held-out", type=int, default=1024, help="examples to compare predictions on")
+    parser.add_argument("--max-length", type=int, default=64)
+    parser.add_argument("--seed", type=int, default=0, help="of the draw of examples and of the random scores")
+    return parser.parse_args()
+
+
+def draw(options: argparse.Namespace) -> tuple[Batches, Batches]:
+    """Returns calibration and held-out batches, both of the training split and without an example in common."""
+    task, tokenizer = get_task(options.task), AutoTokenizer.from_pretrained(options.model)
+    rows = load_data(task, options.data)["train"].shuffle(seed=options.seed)
+    rows = rows.select(range(min(len(rows), options.examples + options.held_out)))
+    labels = AutoModelForSequenceClassification.from_pretrained(options.model).config.label2id
+    encoded = list(preprocess(rows, task, tokenizer, max_length=options.max_length, label2id=labels))
+    collate = DataCollatorWithPadding(tokenizer)
+
+    def batches(part: list[Any]) -> Batches:
+        part = sorted(part, key=lambda row: len(row["input_ids"]))
+        return [dict(collate(part[start : start + 32])) for start in range(0, len(part), 32)]
+
+    return batches(encoded[: options.examples]), batches(encoded[options.examples :])
+
+
+def predict(model: torch.nn.Module, batches: Batches) -> torch.Tensor:
+    """Returns the logits of all examples."""
+    with torch.no_grad():
+        return torch.cat([model(**{k: v for k, v in batch.items() if k != "labels"}).logits for batch in batches])
+
+
+def prune_at_random(model: Any, share: float, seed: int) -> None:
+    """Removes units that chance chooses."""
+    target = target_of(model, heads=0, neurons=0, flops=share, parameters=0, multiple_of=8)
+    generator = torch.Generator().manual_seed(seed)
+    kept = target.choose([torch.rand(each.count, generator=generator) for each in target.units])
+    for each, index in zip(target.units, kept, strict=True):
+        each.shrink(index)
+    commit(model)
+
+
+def passes(model: Any, batches: Batches) -> float:
+    """Times plain forward and backward passes."""
+    started = time.perf_counter()
+    for batch in batches:
+        model.zero_grad()
+        model(**batch).loss.backward()
+    return time.perf_counter() - started
+
+
+def main() -> None:
+    """Prints the table."""
+    warnings.filterwarnings("ignore")
+    options = parse()
+    calibration, held_out = draw(options)
+
+    def fresh() -> Any:
+        return AutoModelForSequenceClassification.from_pretrained(options.model).eval()
+
+    def by(importance: str, reconstruct: bool) -> Callable[[Any], Any]:
+        config = StructuredPruningConfig(flops=options.flops, importance=importance, reconstruct=reconstruct)
+        return lambda model: compress(model, [config], calibration=calibration)
+
+    ways: dict[str, Callable[[Any], Any]] = {
+        "random": lambda model: prune_at_random(model, options.flops, options.seed),
+        "magnitude": by("magnitude", False),
+        "taylor": by("taylor", False),
+        "activation": by("activation", False),
+        "fisher": by("fisher", False),
+        "magnitude+reconstruction": by("magnitude", True),
+        "taylor+reconstruction": by("taylor", True),
+        "activation+reconstruction": by("activation", True),
+        "fisher+reconstruction": by("fisher", True),
+    }
+    wanted = predict(fresh(), held_out)
+    labels = torch.cat([batch["labels"] for batch in held_out])
+    print(
+        f"{options.flops:.0%} of FLOPs removed, {options.examples} calibration, {len(labels)} held-out training texts"
+    )
+    print(f"{'':28}{'agreement':>10}{'accuracy':>10}{'KL':>9}{'seconds':>9}")
+    print(f"{'original':28}{1:>10.1%}{(wanted.argmax(1) == labels).float().mean():>10.1%}{0:>9.3f}")
+    for name, way in ways.items():
+        model, started = fresh(), time.perf_counter()
+        way(model)
+        seconds = time.perf_counter() - started
+        got = predict(model, held_out)
+        agreement = (got.argmax(1) == wanted.argmax(1)).float().mean()
+        divergence = torch.nn.functional.kl_div(
+            got.log_softmax(1), wanted.log_softmax(1), log_target=True, reduction="batchmean"
+        )
+        accuracy = (got.argmax(1) == labels).float().mean()
+        print(f"{name:28}{agreement:>10.1%}{accuracy:>10.1%}{divergence:>9.3f}{seconds:>9.1f}", flush=True)
+    model, sample = fresh(), calibration[:: max(1, len(calibration) // 4)]
+    target = target_of(model, heads=0, neurons=0, flops=options.flops, parameters=0, multiple_of=8)
+    passes(model, sample[:1])
+    started = time.perf_counter()
+    mask_gradients(model, target.units, sample)
+    scoring = time.perf_counter() - started
+    print(f"scoring / (forward + backward): {scoring / passes(model, sample):.2f}")
+
+
+if __name__ == "__main__":
+    main()

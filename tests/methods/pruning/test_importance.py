@@ -1,0 +1,67 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from hfcompress.errors import CompressionError
+from hfcompress.methods.pruning import importance
+from hfcompress.methods.pruning.units import head_units, masking, neuron_units
+from tests.tiny_models import inputs_for, make
+from tests.workshop import batches, tiny_classifier
+
+FAMILIES = ["bert", "mpnet", "albert", "deberta-v2", "modernbert", "gpt2", "llama", "bart"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_each_example_has_the_derivative_it_has_alone(family: str) -> None:
+    model = make(family, "SequenceClassification")
+    batch = dict(inputs_for(family, "SequenceClassification"), labels=torch.tensor([0, 1]))
+    if family != "bart":  # reads its last separator, in every row at the same place
+        batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+    units = head_units(model) + neuron_units(model)
+    together = importance.mask_gradients(model, units, [batch])
+    alone = importance.mask_gradients(model, units, [{k: v[i : i + 1] for k, v in batch.items()} for i in (0, 1)])
+    for each, other in zip(together, alone, strict=True):
+        assert each.abs().sum() > 0
+        torch.testing.assert_close(each, other, rtol=1e-3, atol=1e-6)
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
+
+
+def test_the_derivative_is_that_of_the_loss_by_the_mask() -> None:
+    model, batch = tiny_classifier().double(), batches(1, size=1)[0]
+    units = head_units(model)
+    (gradient,) = importance.mask_gradients(model, units[:1], [batch])
+    mask = torch.ones(4, dtype=torch.float64)
+    losses = []
+    for step in (1e-5, -1e-5):
+        mask[2] = 1 + step
+        handle = units[0].entry.register_forward_pre_hook(masking(units[0], mask))
+        losses.append(model(**batch).loss.item())
+        handle.remove()
+    assert gradient[0, 2].item() == pytest.approx((losses[0] - losses[1]) / 2e-5, rel=1e-3)
+
+
+def test_one_by_one_where_a_block_mixes_the_examples_of_a_batch() -> None:
+    model, batch = tiny_classifier(), batches(1, size=4)[0]
+    wanted = importance.mask_gradients(model, neuron_units(model), [batch])
+    dense = model.bert.encoder.layer[1].output.dense
+
+    def fold(module: torch.nn.Module, arguments: tuple) -> tuple:
+        return (arguments[0].flatten(0, 1).unsqueeze(0),)  # all examples in one row
+
+    rows = []
+    dense.register_forward_pre_hook(fold)
+    dense.register_forward_hook(lambda module, arguments, output: output.view(rows[-1], -1, 64))
+    model.register_forward_pre_hook(
+        lambda module, arguments, keywords: rows.append(len(keywords["input_ids"])), with_kwargs=True
+    )
+    found = importance.mask_gradients(model, neuron_units(model), [batch])
+    assert rows == [4, 1, 1, 1, 1]
+    for each, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(each, other, rtol=1e-3, atol=1e-6)
+
+
+def test_a_model_without_a_loss_is_refused() -> None:
+    model = make("bert", "")
+    with pytest.raises(CompressionError, match="no loss"):
+        importance.mask_gradients(model, head_units(model), [inputs_for("bert", "")])

@@ -1,0 +1,184 @@
+from __future__ import annotations
+
+import json
+import shutil
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import DataCollatorForLanguageModeling, DataCollatorWithPadding
+
+from hfcompress.errors import CheckpointError, CompressionError
+from hfcompress.methods.teaching import filling
+from hfcompress.methods.teaching.cache import META, TeacherCache
+from hfcompress.methods.teaching.filling import fill
+from hfcompress.methods.teaching.signals import Asked, LiveTeacher, positions
+from hfcompress.methods.training import Rows
+from tests.tiny_models import make
+from tests.workshop import sentences, tiny_classifier, tiny_tokenizer
+
+CPU = torch.device("cpu")
+
+
+def rows(folder: Path, count: int = 40, collate: Any = None, **changes: Any) -> Rows:
+    tokenizer = tiny_tokenizer()
+    data = [{**tokenizer(row["sentence"]), "labels": row["label"]} for row in sentences(count)]
+    values = {
+        "dataset": data,
+        "collate": collate or DataCollatorWithPadding(tokenizer),
+        "batch_size": 8,
+        "device": CPU,
+        "autocast": nullcontext,
+        "folder": folder,
+    }
+    return Rows(**(values | changes))
+
+
+@pytest.fixture
+def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hfcompress.methods.teaching.cache._SHARD_BYTES", 2048)
+
+
+def test_it_answers_like_the_teacher(tmp_path: Path, small_shards: None) -> None:
+    teacher, asked = tiny_classifier(1), Asked(hidden=(("", 0), ("", 2)))
+    data = rows(tmp_path)
+    cache = fill(teacher, asked, data, tmp_path)
+    assert len(list(cache.folder.glob("*.safetensors"))) > 2
+    numbers = [37, 3, 12, 0]
+    batch = data.batch(numbers)
+    wanted, got = LiveTeacher(teacher, asked).signals(batch, None), cache.signals(batch, None, torch.tensor(numbers))
+    assert wanted.logits is not None and got.logits is not None
+    torch.testing.assert_close(got.logits, wanted.logits)
+    mask = batch["attention_mask"].bool()
+    for place in asked.hidden:
+        torch.testing.assert_close(got.hidden[place][mask], wanted.hidden[place][mask])
+
+
+@pytest.mark.parametrize("top_k", [None, 5])
+def test_it_keeps_outputs_of_tokens(tmp_path: Path, small_shards: None, top_k: int | None) -> None:
+    teacher = make("llama", "CausalLM")
+    tokenizer = tiny_tokenizer()
+    tokenizer.padding_side = "left"
+    data = rows(tmp_path, collate=DataCollatorForLanguageModeling(tokenizer, mlm=False))
+    data = Rows(**(vars(data) | {"dataset": [{"input_ids": row["input_ids"]} for row in data.dataset]}))
+    cache = fill(teacher, Asked(), data, tmp_path, top_k=top_k, temperature=2.0)
+    numbers = [5, 30, 11]
+    batch = data.batch(numbers)
+    batch["labels"][0, -3:] = -100
+    counted = positions(teacher, batch)
+    assert counted is not None and 0 < counted.sum() < batch["attention_mask"].sum()
+    wanted, got = (
+        LiveTeacher(teacher, Asked()).signals(batch, counted),
+        cache.signals(batch, counted, torch.tensor(numbers)),
+    )
+    assert wanted.logits is not None and got.logits is not None
+    if top_k is None:
+        torch.testing.assert_close(got.logits, wanted.logits, rtol=1e-4, atol=1e-5)
+        return
+    values, indices = (wanted.logits / 2).log_softmax(-1).topk(top_k)
+    torch.testing.assert_close(got.logits.float(), values, rtol=1e-2, atol=1e-2)
+    assert got.indices is not None and torch.equal(got.indices, indices)
+
+
+def test_64_probabilities_take_no_more_than_400_bytes_a_token(tmp_path: Path) -> None:
+    teacher = make("llama", "CausalLM", vocab_size=500)
+    data = rows(tmp_path, count=200)
+    cache = fill(teacher, Asked(), data, tmp_path, top_k=64)
+    size = sum(file.stat().st_size for file in cache.folder.iterdir())
+    assert size / cache.layout.tokens <= 400
+
+
+def test_what_was_cut_off_goes_on_and_what_is_damaged_is_made_anew(
+    tmp_path: Path, small_shards: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    teacher, asked, data = tiny_classifier(1), Asked(hidden=(("", 1),)), rows(tmp_path)
+    whole = fill(teacher, asked, data, tmp_path / "whole")
+    made: list[int] = []
+    original = filling._make_shard
+
+    def cut(*args: Any) -> Any:
+        if len(made) == 2:
+            raise KeyboardInterrupt
+        made.append(args[4])
+        return original(*args)
+
+    monkeypatch.setattr(filling, "_make_shard", cut)
+    with pytest.raises(KeyboardInterrupt):
+        fill(teacher, asked, data, tmp_path / "cut")
+    monkeypatch.setattr(filling, "_make_shard", lambda *args: (made.append(args[4]), original(*args))[1])
+    folder = tmp_path / "cut" / whole.folder.name
+    (folder / ".shard-00002.safetensors.partial").write_bytes(b"cut off")
+    resumed = fill(teacher, asked, data, tmp_path / "cut")
+    assert made == list(range(whole.layout.shards)), "no shard was made twice"
+    file = folder / "shard-00001.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"?")
+    fill(teacher, asked, data, tmp_path / "cut")
+    assert made[-1] == 1
+    names = sorted(each.name for each in whole.folder.iterdir())
+    assert names == sorted(each.name for each in resumed.folder.iterdir())
+    for name in names:
+        assert (whole.folder / name).read_bytes() == (folder / name).read_bytes()
+
+
+def test_a_filled_cache_is_shared_and_another_teacher_or_other_rows_have_their_own(tmp_path: Path) -> None:
+    first = fill(tiny_classifier(1), Asked(), rows(tmp_path), tmp_path)
+    times = {file: file.stat().st_mtime_ns for file in first.folder.iterdir()}
+    assert fill(tiny_classifier(1), Asked(), rows(tmp_path), tmp_path).folder == first.folder
+    assert times == {file: file.stat().st_mtime_ns for file in first.folder.iterdir()}
+    changed = tiny_classifier(1)
+    with torch.no_grad():
+        changed.classifier.bias[0] += 1e-6
+    others = [
+        fill(changed, Asked(), rows(tmp_path), tmp_path),
+        fill(tiny_classifier(1), Asked(), rows(tmp_path, count=39), tmp_path),
+        fill(tiny_classifier(1), Asked(hidden=(("", 1),)), rows(tmp_path), tmp_path),
+    ]
+    assert len({each.folder for each in others} | {first.folder}) == 4
+    relabelled = rows(tmp_path)
+    for row in relabelled.dataset:
+        row["labels"] = 0
+    assert fill(tiny_classifier(1), Asked(), relabelled, tmp_path).folder == first.folder
+
+
+def test_a_stale_cache_is_refused(tmp_path: Path) -> None:
+    cache = fill(tiny_classifier(1), Asked(), rows(tmp_path), tmp_path)
+    key = json.loads((cache.folder / META).read_text())
+    with pytest.raises(CheckpointError, match=r"stale.*another teacher"):
+        TeacherCache(cache.folder, key | {"teacher": "another"})
+    (cache.folder / META).write_text(json.dumps(key | {"rows": "others"}))
+    with pytest.raises(CheckpointError, match=r"stale.*another rows"):
+        fill(tiny_classifier(1), Asked(), rows(tmp_path), tmp_path)
+
+
+def test_a_disk_that_is_too_small_is_told_before_it_is_filled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(filling.shutil, "disk_usage", lambda path: usage._replace(free=10_000))
+    fill(tiny_classifier(1), Asked(), rows(tmp_path), tmp_path)
+    with pytest.raises(CompressionError, match=r"40 rows would take .* MB, and .* 0.0 MB free"):
+        fill(tiny_classifier(1), Asked(hidden=(("", 1),)), rows(tmp_path), tmp_path)
+
+
+def test_the_size_is_known_before(tmp_path: Path, small_shards: None) -> None:
+    cache = fill(tiny_classifier(1), Asked(hidden=(("", 1),)), rows(tmp_path, count=200), tmp_path)
+    size = sum(file.stat().st_size for file in cache.folder.glob("*.safetensors"))
+    assert cache.layout.bytes == pytest.approx(size, rel=0.5)  # headers weigh in these tiny shards
+    assert cache.layout.bytes < size
+
+
+def test_rows_that_are_another_batch_each_time_are_refused(tmp_path: Path) -> None:
+    collate = DataCollatorForLanguageModeling(tiny_tokenizer(), mlm=True, mlm_probability=0.5)
+    data = rows(tmp_path, collate=collate)
+    data = Rows(**(vars(data) | {"dataset": [{"input_ids": row["input_ids"]} for row in data.dataset]}))
+    with pytest.raises(CompressionError, match="another each time"):
+        fill(make("bert", "MaskedLM"), Asked(), data, tmp_path)
+
+
+def test_rows_that_changed_under_it_are_noticed(tmp_path: Path) -> None:
+    data = rows(tmp_path)
+    cache = fill(tiny_classifier(1), Asked(hidden=(("", 1),)), data, tmp_path)
+    batch = data.batch([0, 1])
+    batch["attention_mask"][0, 0] = 0
+    with pytest.raises(CheckpointError, match="tokens for rows that have"):
+        cache.signals(batch, None, torch.tensor([0, 1]))

@@ -1,0 +1,109 @@
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import AutoModelForSequenceClassification
+
+from hfcompress import LayerDroppingConfig, QuantizationConfig, StructuredPruningConfig, compress
+from hfcompress.errors import CompressionError, ConfigError
+from hfcompress.methods.layer_dropping import layer_dropping, least_important, spread
+from hfcompress.methods.registry import Context
+from hfcompress.modeling.checkpoint import needs_plugin
+from tests.tiny_models import inputs_for, make, run
+from tests.workshop import batches, logits, tiny_classifier
+
+
+@given(st.integers(2, 40), st.data())
+def test_what_is_spread_starts_at_the_first_and_has_even_gaps(depth: int, data: st.DataObject) -> None:
+    drop = data.draw(st.integers(1, depth - 1))
+    kept = spread(depth, drop)
+    assert len(kept) == depth - drop and kept[0] == 0 and kept[-1] < depth
+    gaps = {later - earlier for earlier, later in pairwise(kept)}
+    assert not gaps or (max(gaps) - min(gaps) <= 1 and min(gaps) >= 1)
+
+
+def test_layers_are_chosen_one_beside_the_other() -> None:
+    # Alone 0 and 1 cost least, but once one of them is gone the other is needed.
+    def cost(gone: tuple[int, ...]) -> dict[int, float]:
+        alone = {0: 1.0, 1: 2.0, 2: 3.0}
+        return {n: value + (9 if {0, 1} <= {*gone, n} else 0) for n, value in alone.items() if n not in gone}
+
+    assert least_important(3, 2, cost) == [1]
+
+
+@pytest.mark.parametrize(("which", "kept"), [("first", [2, 3]), ("last", [0, 1]), ("spread", [0, 2])])
+def test_the_layers_named_stay_and_the_result_is_stock(which: str, kept: list[int], tmp_path: Path) -> None:
+    model, data = tiny_classifier(num_hidden_layers=4), batches(1)[0]
+    layers = list(model.bert.encoder.layer)
+    compress(model, [LayerDroppingConfig(drop=2, which=which)])
+    assert list(model.bert.encoder.layer) == [layers[index] for index in kept]
+    assert model.config.num_hidden_layers == 2 and not needs_plugin(model)
+    model.save_pretrained(tmp_path)
+    again = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    assert torch.equal(logits(again, data), logits(model, data))
+
+
+@pytest.mark.parametrize("labels", [True, False])
+def test_a_layer_that_does_nothing_goes_first(labels: bool) -> None:
+    model = make("llama", "SequenceClassification", num_hidden_layers=4)
+    layer = model.model.layers[1]
+    with torch.no_grad():
+        layer.self_attn.o_proj.weight.zero_()
+        layer.mlp.down_proj.weight.zero_()
+    inputs = inputs_for("llama", "SequenceClassification")
+    before = run(model, inputs)[0]
+    batch = dict(inputs, labels=torch.tensor([0, 1])) if labels else inputs
+    findings = layer_dropping(model, LayerDroppingConfig(), Context(calibration=[batch]))
+    assert findings["measure"] == ("loss" if labels else "divergence")
+    if not labels:
+        assert findings["costs"][0][1] == pytest.approx(0, abs=1e-6)
+        assert findings["kept"] == [0, 2, 3]
+        torch.testing.assert_close(run(model, inputs)[0], before)
+
+
+def test_what_is_measured_is_what_dropping_does() -> None:
+    model, data = tiny_classifier(num_hidden_layers=3), batches(2)
+    findings = layer_dropping(model, LayerDroppingConfig(drop=2), Context(calibration=data))
+    with torch.no_grad():
+        loss = sum(model(**batch).loss.item() for batch in data) / len(data)
+    assert loss == pytest.approx(min(findings["costs"][-1].values()), rel=1e-4)
+
+
+def test_pruned_and_quantized_models_lose_layers_too(tmp_path: Path) -> None:
+    data = batches(2)
+    chain = [StructuredPruningConfig(heads=0.4), QuantizationConfig(), LayerDroppingConfig()]
+    model = compress(tiny_classifier(num_hidden_layers=3), chain, calibration=data)
+    model.save_pretrained(tmp_path)
+    again = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    assert torch.equal(logits(again, data[0]), logits(model, data[0]))
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (LayerDroppingConfig(drop=2), "reachable: up to 1"),
+        (LayerDroppingConfig(stack="encoder.layers"), "encoder.layer"),
+        (LayerDroppingConfig(which="importance"), "calibration"),
+    ],
+)
+def test_what_cannot_be_done_is_refused(config: LayerDroppingConfig, message: str) -> None:
+    model = tiny_classifier()
+    with pytest.raises(CompressionError, match=message):
+        compress(model, [config])
+    assert model.config.num_hidden_layers == 2
+
+
+def test_several_stacks_must_be_told_apart() -> None:
+    with pytest.raises(CompressionError, match="name one"):
+        compress(make("t5"), [LayerDroppingConfig()])
+
+
+@pytest.mark.parametrize("values", [{"drop": 0}, {"drop": True}, {"which": "middle"}])
+def test_bad_fields_are_refused(values: dict) -> None:
+    with pytest.raises(ConfigError):
+        LayerDroppingConfig(**values)

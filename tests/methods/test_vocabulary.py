@@ -1,0 +1,191 @@
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BartConfig,
+    BartForConditionalGeneration,
+    BertConfig,
+    BertForMaskedLM,
+    PreTrainedTokenizerFast,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+)
+
+from hfcompress import QuantizationConfig, VocabularyConfig, compress
+from hfcompress.errors import CompressionError
+from hfcompress.methods.registry import Context
+from hfcompress.methods.vocabulary import vocabulary
+from tests.workshop import tiny_classifier
+
+LEARNT = [
+    "the lowest tower is slower than the newest one",
+    "lower towers glow in the widest showers of snow",
+    "a new widow throws the oldest yellow flowers below",
+    "aaaa aaa aa a banana bandana, naan; aaaaa!",
+] * 3
+CORPUS = ["the lowest tower", "slower showers below", "aaa banana aaaa aaaaa", "new yellow Ω tower"]
+SPECIAL = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+SIZES = {"vocab_size": 400, "show_progress": False, "special_tokens": SPECIAL}
+
+
+def learnt(kind: str) -> PreTrainedTokenizerFast:
+    if kind == "WordPiece":
+        made = Tokenizer(models.WordPiece(unk_token="<unk>"))
+        made.pre_tokenizer = pre_tokenizers.Whitespace()
+        trainer: Any = trainers.WordPieceTrainer(**SIZES)
+    elif kind == "Unigram":
+        made = Tokenizer(models.Unigram())
+        made.normalizer = normalizers.NFKC()
+        made.pre_tokenizer = pre_tokenizers.Metaspace()
+        trainer = trainers.UnigramTrainer(unk_token="<unk>", **SIZES)
+    elif kind == "BPE":
+        made = Tokenizer(models.BPE(unk_token="<unk>"))
+        made.pre_tokenizer = pre_tokenizers.Whitespace()
+        trainer = trainers.BpeTrainer(**SIZES)
+    else:
+        made = Tokenizer(models.BPE())
+        made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        made.decoder = decoders.ByteLevel()
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        trainer = trainers.BpeTrainer(initial_alphabet=alphabet, **SIZES)
+    made.train_from_iterator(LEARNT, trainer)
+    ids = {token: made.token_to_id(token) for token in SPECIAL}
+    if kind == "byte-level BPE":
+        made.post_processor = processors.RobertaProcessing(("</s>", ids["</s>"]), ("<s>", ids["<s>"]))
+    else:
+        pairs = [("<s>", ids["<s>"]), ("</s>", ids["</s>"])]
+        made.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=pairs)
+    names = {"bos": "<s>", "cls": "<s>", "pad": "<pad>", "eos": "</s>", "sep": "</s>", "unk": "<unk>", "mask": "<mask>"}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=made, model_max_length=30, **{f"{name}_token": token for name, token in names.items()}
+    )
+
+
+def roberta(tokenizer: PreTrainedTokenizerFast) -> RobertaForSequenceClassification:
+    torch.manual_seed(0)
+    small = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    config = RobertaConfig(
+        vocab_size=len(tokenizer), max_position_embeddings=40, pad_token_id=tokenizer.pad_token_id, **small
+    )
+    return RobertaForSequenceClassification(config).eval()
+
+
+def outputs(model: Any, tokenizer: Any, texts: list[str] = CORPUS) -> torch.Tensor:
+    with torch.no_grad():
+        return model(**tokenizer(texts, padding=True, return_tensors="pt")).logits
+
+
+@pytest.mark.parametrize("characters", [True, False])
+@pytest.mark.parametrize("kind", ["WordPiece", "Unigram", "BPE", "byte-level BPE"])
+def test_texts_and_predictions_are_what_they_were(kind: str, characters: bool, tmp_path: Path) -> None:
+    tokenizer = learnt(kind)
+    original = copy.deepcopy(tokenizer)
+    model = roberta(tokenizer)
+    before = outputs(model, tokenizer)
+    config = VocabularyConfig(characters=characters)
+    compress(model, [config], tokenizer=tokenizer, texts=CORPUS)
+    assert len(tokenizer) == model.config.vocab_size == len(model.roberta.embeddings.word_embeddings.weight)
+    assert len(tokenizer) < 0.8 * len(original) or (kind == "byte-level BPE" and len(tokenizer) < len(original))
+    for text in CORPUS:
+        old, new = (each.convert_ids_to_tokens(each(text)["input_ids"]) for each in (original, tokenizer))
+        assert old == new
+    assert {name: getattr(tokenizer, name) for name in original.special_tokens_map} == original.special_tokens_map
+    assert torch.equal(outputs(model, tokenizer), before)
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    model, tokenizer = (
+        AutoModelForSequenceClassification.from_pretrained(tmp_path),
+        AutoTokenizer.from_pretrained(tmp_path),
+    )
+    assert torch.equal(outputs(model, tokenizer), before)
+    assert model.config.pad_token_id == tokenizer.pad_token_id == 1
+
+
+def test_new_words_become_characters_and_not_unknown() -> None:
+    found = {}
+    for characters in (True, False):
+        tokenizer = learnt("WordPiece")
+        compress(roberta(tokenizer), [VocabularyConfig(characters=characters)], tokenizer=tokenizer, texts=CORPUS[:1])
+        found[characters] = tokenizer.tokenize("widow")
+    assert "".join(found[True]).replace("##", "") == "widow" and "<unk>" in found[False]
+
+
+def test_tied_outputs_and_their_bias_follow() -> None:
+    tokenizer = learnt("BPE")
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(tokenizer) + 3,  # padded, as many are
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=32,
+        pad_token_id=1,
+    )
+    model = BertForMaskedLM(config).eval()
+    with torch.no_grad():
+        model.cls.predictions.bias.normal_()
+    old_ids = tokenizer.get_vocab()
+    before = outputs(model, tokenizer)
+    compress(model, [VocabularyConfig()], tokenizer=tokenizer, texts=CORPUS)
+    order = [old_ids[token] for token, _ in sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])]
+    torch.testing.assert_close(outputs(model, tokenizer), before[..., order])
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+
+
+def test_an_encoder_and_decoder_keep_their_special_ids() -> None:
+    tokenizer = learnt("Unigram")
+    original = copy.deepcopy(tokenizer)
+    torch.manual_seed(0)
+    config = BartConfig(
+        vocab_size=len(tokenizer),
+        d_model=32,
+        encoder_layers=1,
+        decoder_layers=1,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=32,
+        decoder_ffn_dim=32,
+        decoder_start_token_id=original.convert_tokens_to_ids("</s>"),
+        forced_eos_token_id=original.convert_tokens_to_ids("<mask>"),
+        pad_token_id=1,
+        bos_token_id=0,
+        eos_token_id=2,
+    )
+    model = BartForConditionalGeneration(config).eval()
+    with torch.no_grad():
+        model.final_logits_bias.normal_()
+    before = outputs(model, tokenizer)
+    compress(model, [VocabularyConfig()], tokenizer=tokenizer, texts=CORPUS)
+    order = original.convert_tokens_to_ids(tokenizer.convert_ids_to_tokens(list(range(len(tokenizer)))))
+    torch.testing.assert_close(outputs(model, tokenizer), before[..., order])
+    assert model.config.decoder_start_token_id == tokenizer.convert_tokens_to_ids("</s>")
+
+
+def test_it_fills_up_to_a_multiple() -> None:
+    tokenizer = learnt("WordPiece")
+    model = roberta(tokenizer)
+    compress(model, [VocabularyConfig(multiple_of=16)], tokenizer=tokenizer, texts=CORPUS[:1])
+    assert len(tokenizer) % 16 == 0 and model.config.vocab_size == len(tokenizer)
+
+
+def test_what_cannot_be_trimmed_is_refused_and_left_alone() -> None:
+    tokenizer = learnt("BPE")
+    model = roberta(tokenizer)
+    before, size = outputs(model, tokenizer), len(tokenizer)
+    for context in (Context(texts=CORPUS), Context(tokenizer=tokenizer)):
+        with pytest.raises(CompressionError, match="needs"):
+            vocabulary(model, VocabularyConfig(), context)
+    with pytest.raises(CompressionError, match="only 17"):
+        vocabulary(tiny_classifier(), VocabularyConfig(), Context(tokenizer=tokenizer, texts=CORPUS))
+    assert len(tokenizer) == size and torch.equal(outputs(model, tokenizer), before)
+    compress(model, [QuantizationConfig()])
+    with pytest.raises(CompressionError, match="before quantizing"):
+        vocabulary(model, VocabularyConfig(), Context(tokenizer=tokenizer, texts=CORPUS))

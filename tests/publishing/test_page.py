@@ -1,0 +1,256 @@
+from __future__ import annotations
+
+import math
+import re
+import shutil
+import subprocess
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from hfcompress.evaluation.comparison import ClassChange, Comparison, Difference
+from hfcompress.evaluation.report import Report
+from hfcompress.evaluation.usage import LINEAR, QUANTIZED, REST, Usage
+from hfcompress.publishing import figures
+from hfcompress.publishing.drawing import Point, front, maps, scatter, ticks
+from hfcompress.publishing.page import page_of_report, page_of_reports
+
+HOSTILE = "<script>alert('1')</script>\"'&<img src=x onerror=alert(1)>"
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+def compared(value: float, label: str = "equivalent") -> Comparison:
+    return Comparison(
+        differences={"accuracy": Difference(value=value, low=value - 0.01, high=value + 0.01)},
+        flips=31,
+        flips_were_right=22,
+        flips_are_right=9,
+        classes=(
+            ClassChange(label=label, examples=279, before=0.93, after=0.91),
+            ClassChange(label="rare", examples=0, before=math.nan, after=math.nan),
+        ),
+        calibration_before=0.05,
+        calibration_after=0.07,
+    )
+
+
+@pytest.fixture
+def whole(report: Report) -> Report:
+    """A report with everything that one can hold."""
+    heads = {f"encoder.layer.{i}.attention.self": {"kept": 12 - i, "of": 12} for i in range(12)}
+    neurons = {f"encoder.layer.{i}.intermediate.dense": {"kept": 3072 - 200 * i, "of": 3072} for i in range(12)}
+    paths = ("attention.self.query", "attention.self.key", "attention.output.dense", "intermediate.dense")
+    ranks = {f"encoder.layer.{i}.{path}": 8 * (i + 1) for path in paths for i in range(12)}
+    findings = [
+        {},
+        {},
+        {"structured_pruning": {"heads": heads, "neurons": neurons}},
+        {"low_rank": {"ranks": ranks}},
+        {},
+    ]
+    rows = []
+    for place, row in enumerate(report.rows):
+        parts = {LINEAR: 0.7, REST: 0.3} if place < 4 else {QUANTIZED: 0.8, REST: 0.2}
+        usage = Usage(operations=10**10 // (place + 1), memory=10**8, load_seconds=0.1, parts=parts)
+        comparison = compared(-0.01 * place) if place else None
+        rows.append(replace(row, findings=findings[place], usage=usage, comparison=comparison))
+    return replace(report, rows=tuple(rows))
+
+
+class Reader(HTMLParser):
+    """Takes the page apart as a browser does."""
+
+    VOID = ("meta", "wbr", "rect", "line", "polyline", "circle", "br")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.open: list[str] = []
+        self.links: list[str] = []
+        self.events: list[str] = []
+        self.text = ""
+
+    def handle_starttag(self, tag: str, attrs: list) -> None:
+        self.tags.append(tag)
+        self.events += [name for name, _ in attrs if name.startswith("on")]
+        self.links += [value or "" for name, value in attrs if name in ("src", "href", "action", "srcset", "data")]
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_startendtag(self, tag: str, attrs: list) -> None:
+        self.tags.append(tag)
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def read(page: str) -> Reader:
+    reader = Reader()
+    reader.feed(page)
+    assert reader.open == []
+    return reader
+
+
+def test_the_page_says_what_the_report_says(whole: Report) -> None:
+    read_page = read(page_of_report(whole))
+    for said in ("quickstart", "8.40x", "96.2%", "0.8750", "1.90x", "31", "22 were right before", "5.00x fewer"):
+        assert said in read_page.text.replace("\xa0", " "), said
+    assert read_page.tags.count("svg") == 2 and "rare" in read_page.text
+    assert page_of_report(whole) == page_of_report(whole)
+
+
+def test_nothing_is_fetched_and_nothing_runs(whole: Report) -> None:
+    page = page_of_report(whole)
+    found = read(page)
+    assert found.links == [] and found.events == []
+    assert not {"script", "link", "iframe", "img", "object", "base", "form"} & set(found.tags)
+    assert not re.search(r"https?://|url\(|@import", page)
+    assert "default-src 'none'" in page
+
+
+def test_values_are_shown_not_obeyed(whole: Report) -> None:
+    rows = tuple(
+        replace(
+            row,
+            name=HOSTILE,
+            methods=(HOSTILE,),
+            metrics={HOSTILE: 0.5},
+            findings={HOSTILE: {HOSTILE: {f"{HOSTILE}.0.{HOSTILE}": 3, "layer.1": 4}}},
+            comparison=row.comparison and compared(-0.1, HOSTILE),
+        )
+        for row in whole.rows
+    )
+    hostile = replace(
+        whole,
+        name=HOSTILE,
+        base_model=HOSTILE,
+        split=HOSTILE,
+        metric=HOSTILE,
+        environment={HOSTILE: HOSTILE},
+        recipe={"name": HOSTILE},
+        rows=rows,
+    )
+    plain_tags = sorted(set(read(page_of_report(whole)).tags))
+    for page in (page_of_report(hostile), page_of_reports([(HOSTILE, hostile), ("two", whole)])):
+        found = read(page)
+        assert set(found.tags) <= set(plain_tags) and found.events == []
+        assert HOSTILE.split(">")[0] in found.text
+
+
+def test_what_was_not_measured_is_left_out(report: Report) -> None:
+    bare = replace(report, rows=tuple(replace(row, speed=None, findings={}) for row in report.rows))
+    text = read(page_of_report(bare)).text
+    assert "Speed was not measured" in text and "not measured" in text
+    assert "Answer by answer" not in text and "What a pass takes" not in text and "layer by layer" not in text
+    undefined = replace(report, rows=tuple(replace(row, metrics={"accuracy": math.nan}) for row in report.rows))
+    assert "<svg" not in page_of_report(undefined) and "nan" not in read(page_of_report(undefined)).text.lower()
+
+
+def test_results_of_other_tasks_are_compared_by_what_they_keep(report: Report) -> None:
+    same = page_of_reports([("one", report), ("two", report)])
+    assert "not of the same task" not in same and "different machines" not in same
+    other = replace(report, task="sst2", environment={"cpu": "another"})
+    text = read(page_of_reports([("one", report), ("two", other)])).text
+    assert "not of the same task" in text and "different machines" in text
+
+
+def test_the_reasons_name_where_the_time_goes(whole: Report) -> None:
+    reasons = figures.reasons(whole)
+    quantized = next(reason for reason in reasons if reason.startswith("quantize has 5.00x fewer operations"))
+    assert "84.2 ms in quantized linear layers" in quantized and "unpack or round" in quantized
+    fast = replace(whole, rows=(whole.rows[0], replace(whole.rows[2], usage=whole.rows[0].usage)))
+    assert figures.reasons(fast) == []
+
+
+def test_many_classes_are_cut_to_those_that_lost_most(whole: Report) -> None:
+    many = tuple(ClassChange(label=f"c{i}", examples=5, before=0.9, after=0.9 - 0.01 * (i % 50)) for i in range(150))
+    last = whole.rows[-1]
+    assert last.comparison is not None
+    rows = tuple(row and replace(row, comparison=replace(last.comparison, classes=many)) for row in whole.rows[1:])
+    table = figures.classes(replace(whole, rows=(whole.rows[0], *rows)))
+    assert table is not None and len(table.rows) == 20
+    assert {"c49", "c99", "c149"} <= {row[0] for row in table.rows}
+
+
+def test_the_front_is_what_nothing_beats() -> None:
+    def at(x: float, y: float) -> Point:
+        return Point(x=x, y=y, mark="", name="")
+
+    small, middle, large, beaten, twin = at(1, 0.5), at(2, 0.7), at(3, 0.9), at(3, 0.7), at(2, 0.6)
+    assert front([large, beaten, small, twin, middle]) == [small, middle, large]
+
+
+@pytest.mark.parametrize(("low", "high"), [(0, 90.9), (0.84, 0.88), (0, 1), (0.8, 0.8000001), (-0.2, 1e9), (0, 3e-9)])
+def test_ticks_are_few_round_and_inside(low: float, high: float) -> None:
+    found = ticks(low, high)
+    assert 2 <= len(found) <= 11
+    assert all(low - (high - low) * 1e-3 <= value <= high + (high - low) * 1e-3 for value in found)
+
+
+def test_a_picture_of_points_in_one_place() -> None:
+    points = [Point(x=5, y=0.5, mark="1", name="a"), Point(x=5, y=0.5, mark="2", name="b")]
+    drawn = scatter(points, title="t", across="x", up="y", label=str)
+    assert drawn.count("<circle") == 2 and "nan" not in drawn
+    nowhere = [Point(x=math.nan, y=0.5, mark="1", name="a")]
+    assert scatter(nowhere, title="t", across="x", up="y", label=str) == ""
+
+
+def test_maps_find_what_is_counted_by_layer(whole: Report) -> None:
+    (pruned,) = maps(whole.rows[2])
+    assert pruned.columns == ("heads", "neurons") and len(pruned.rows) == 12
+    assert pruned.rows[10] == ("layer 10", (("2/12", 2 / 12), ("1072/3072", 1072 / 3072)))
+    (ranks,) = maps(whole.rows[3])
+    assert ranks.columns == ("attention.query", "attention.key", "attention.output", "intermediate")
+    assert ranks.rows[11][1] == ((("96", 1.0)),) * 4
+    two = {"model.encoder.layers.0.fc1": 4, "model.decoder.layers.0.fc1": 8, "left": 3, "other.1": "x", "flag.2": True}
+    (both,) = maps(replace(whole.rows[0], findings={"m": {"ranks": two, "note": [1]}, "n": "nothing"}))
+    assert [name for name, _ in both.rows] == ["model.decoder.layers 0", "model.encoder.layers 0"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium, chromium-browser or google-chrome on the PATH")
+@pytest.mark.parametrize(("width", "scheme"), [(1280, 0), (1280, 1), (390, 0), (390, 1)])
+def test_a_browser_shows_it_without_scrolling_sideways(whole: Report, tmp_path: Path, width: int, scheme: int) -> None:
+    from PIL import Image
+
+    page = page_of_report(whole)
+    (tmp_path / "page.html").write_text(page)
+    # The page itself may run nothing: a frame around it of exactly that width measures it.
+    (tmp_path / "frame.html").write_text(
+        f'<!DOCTYPE html><body style="margin:0"><iframe id="f" src="page.html" style="border:0;width:{width}px;'
+        'height:9000px"></iframe><script>onload=()=>{const d=document.getElementById("f").contentDocument;'
+        "const wide=[...d.querySelectorAll('body *')].filter(e=>!e.closest('.heat')&&!e.closest('svg')"
+        "&&!e.closest('thead')&&e.getBoundingClientRect().right>" + str(width) + "+1).map(e=>e.tagName);"
+        "document.title=JSON.stringify({scroll:d.documentElement.scrollWidth,wide,"
+        "paper:d.defaultView.getComputedStyle(d.body).backgroundColor,sections:d.querySelectorAll('section').length})}"
+        "</script>"
+    )
+    shared = [
+        str(CHROMIUM),
+        "--headless=new",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--hide-scrollbars",
+        "--allow-file-access-from-files",
+        f"--user-data-dir={tmp_path / 'profile'}",
+        f"--blink-settings=preferredColorScheme={scheme}",
+        f"--window-size={width},2000",
+    ]
+    seen = subprocess.run(
+        [*shared, "--dump-dom", f"file://{tmp_path}/frame.html"], capture_output=True, text=True, timeout=120
+    ).stdout
+    title = re.search(r"<title>(.*?)</title>", seen)
+    assert title is not None, seen[-2000:]
+    assert f'"scroll":{width},"wide":[]' in title[1], title[1]
+    assert f'"sections":{page.count("<section>")}' in title[1]
+    assert ("rgb(20, 23, 26)" if scheme == 0 else "rgb(255, 255, 255)") in title[1]
+    picture = tmp_path / "shot.png"
+    command = [*shared, f"--screenshot={picture}", f"file://{tmp_path}/page.html"]
+    subprocess.run(command, check=True, capture_output=True, timeout=120)
+    with Image.open(picture) as image:
+        assert image.width == width and len(image.convert("RGB").getcolors(1 << 24) or ()) > 50
