@@ -7,15 +7,16 @@ again, and one that was cut off goes on from its last whole training checkpoint.
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from hfcompress.errors import DataError
 from hfcompress.evaluation.answer_book import AnswerBook
@@ -96,25 +97,42 @@ class _Done:
     record: dict[str, Any]
 
 
+@dataclass(frozen=True)
+class _Cut:
+    """The task's texts as one tokenizer cuts them."""
+
+    tokenizer: PreTrainedTokenizerBase
+    rows: dict[str, Dataset]
+
+
 class _Bench:
-    """What every step of one run shares: model, data, tokenizer, teacher."""
+    """What every step of one run shares: the base model, the data, and how tokenizers cut them."""
 
     def __init__(self, recipe: Recipe, work: Path, quiet: bool) -> None:
-        from transformers import AutoTokenizer
-
         self.recipe, self.work, self.quiet = recipe, work, quiet
         self.task: Task = get_task(recipe.task)
         self.base = find_model(recipe.model, progress=not quiet)
         self.data: DatasetDict = load_data(self.task, recipe.data, progress=not quiet)
-        self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(self.base)
-        self.rows = {
-            split: preprocess(self.data[split], self.task, self.tokenizer, max_length=recipe.max_length, label2id=None)
-            for split in ("train", self.task.evaluation_split)
-        }
+        self._cuts: dict[str, _Cut] = {}
         self.start = key_of(
             {"model": fingerprint(self.base), "task": self.task.name, "seed": recipe.seed},
-            {split: rows_digest(rows) for split, rows in self.rows.items()},
+            {split: rows_digest(rows) for split, rows in self._cut(self.base).rows.items()},
         )
+
+    def _cut(self, checkpoint: Path) -> _Cut:
+        """Cuts the texts by a checkpoint's own tokenizer, which a step may have changed; each tokenizer once."""
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+        key = key_of(tokenizer.get_vocab())
+        if key not in self._cuts:
+            length = self.recipe.max_length
+            rows = {
+                split: preprocess(self.data[split], self.task, tokenizer, max_length=length, label2id=None)
+                for split in ("train", self.task.evaluation_split)
+            }
+            self._cuts[key] = _Cut(tokenizer, rows)
+        return self._cuts[key]
 
     # Steps
 
@@ -154,13 +172,16 @@ class _Bench:
         set_seed(self.recipe.seed)
         started = time.monotonic()
         model = self._load(before)
+        cut = self._cut(before.checkpoint if before else self.base)
+        # A method may change the tokenizer in place; the steps before keep theirs.
+        cut = _Cut(copy.deepcopy(cut.tokenizer), cut.rows)
         if step.training is None:
-            findings = self._at_once(model, step)
+            findings = self._at_once(model, step, cut)
         else:
-            findings = self._in_training(model, step, folder / "training", teacher)
+            findings = self._in_training(model, step, folder / "training", teacher, cut)
         seconds = round(time.monotonic() - started, 1)
         checkpoint = folder / "checkpoint"
-        save(model, checkpoint, tokenizer=self.tokenizer)
+        save(model, checkpoint, tokenizer=cut.tokenizer)
         shutil.rmtree(folder / "training", ignore_errors=True)
         del model
         record = self._measure(checkpoint, folder, key) | {"key": key, "seconds": seconds, "findings": findings}
@@ -169,12 +190,12 @@ class _Bench:
 
     def _measure(self, checkpoint: Path, folder: Path, key: str) -> dict[str, Any]:
         """Judges what a user would load, never what is left in memory; the answers are kept in `folder`."""
-        model = self._load_from(checkpoint)
+        model, cut = self._load_from(checkpoint), self._cut(checkpoint)
         quality = evaluate_quality(
             model,
-            self._labelled(model, self.task.evaluation_split),
+            self._labelled(model, cut.rows[self.task.evaluation_split]),
             self.task,
-            self.tokenizer,
+            cut.tokenizer,
             batch_size=self.recipe.evaluation.batch_size,
             progress=not self.quiet,
         )
@@ -187,16 +208,21 @@ class _Bench:
             "files": fingerprint(checkpoint),
         }
 
-    def _at_once(self, model: PreTrainedModel, step: Step) -> dict[str, Any]:
-        batches = list(self._calibration(model, step.calibration))
+    def _at_once(self, model: PreTrainedModel, step: Step, cut: _Cut) -> dict[str, Any]:
+        batches = list(self._calibration(model, step.calibration, cut))
+        train = self.data["train"]
+        texts = [text for column in self.task.columns for text in train[column]]
+        context = Context(calibration=batches, tokenizer=cut.tokenizer, texts=texts)
         findings: dict[str, Any] = {}
         for config in step.methods:
             method = method_of(config)
             assert method.apply is not None
-            findings[method.name] = method.apply(model, config, Context(calibration=batches))
+            findings[method.name] = method.apply(model, config, context)
         return findings
 
-    def _in_training(self, model: PreTrainedModel, step: Step, folder: Path, teacher: _Done | None) -> dict[str, Any]:
+    def _in_training(
+        self, model: PreTrainedModel, step: Step, folder: Path, teacher: _Done | None, cut: _Cut
+    ) -> dict[str, Any]:
         from transformers import DataCollatorWithPadding
 
         from hfcompress.methods.trainer import CompressionTrainer
@@ -206,7 +232,7 @@ class _Bench:
         taught = any(method_of(config).name == "distillation" for config in step.methods)
         learned_from = self._load(teacher) if taught else None
         context = Context(teacher=learned_from)
-        rows = self._labelled(model, "train")
+        rows = self._labelled(model, cut.rows["train"])
         arguments = training_arguments(
             step.training, folder, seed=self.recipe.seed, examples=len(rows), quiet=self.quiet
         )
@@ -215,8 +241,8 @@ class _Bench:
             arguments,
             parts=[part(config, context) for config in step.methods if (part := method_of(config).part)],
             train_dataset=rows,
-            data_collator=DataCollatorWithPadding(self.tokenizer),
-            processing_class=self.tokenizer,
+            data_collator=DataCollatorWithPadding(cut.tokenizer),
+            processing_class=cut.tokenizer,
         )
         trainer.train(resume_from_checkpoint=True)
         trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
@@ -264,20 +290,19 @@ class _Bench:
             return False
         return config.num_labels == (len(self.task.labels) or 1)
 
-    def _labelled(self, model: PreTrainedModel, split: str) -> Dataset:
-        """Returns a split's rows with the model's own label ids."""
-        ids = align_labels(self.task, model.config.label2id)
-        rows = self.rows[split]
+    def _labelled(self, model: PreTrainedModel, rows: Dataset) -> Dataset:
+        """Returns rows with the model's own label ids."""
+        ids = align_labels(self.task, cast("Mapping[str, int]", model.config.label2id))
         if list(ids) == sorted(ids):
             return rows
         return rows.map(lambda row: {"labels": ids[row["labels"]]}, keep_in_memory=True)
 
-    def _calibration(self, model: PreTrainedModel, count: int) -> Iterator[Batch]:
+    def _calibration(self, model: PreTrainedModel, count: int, cut: _Cut) -> Iterator[Batch]:
         from transformers import DataCollatorWithPadding
 
-        rows = self._labelled(model, "train").shuffle(seed=self.recipe.seed, keep_in_memory=True)
+        rows = self._labelled(model, cut.rows["train"]).shuffle(seed=self.recipe.seed, keep_in_memory=True)
         rows = rows.select(range(min(count, len(rows))), keep_in_memory=True)
-        collate, size = DataCollatorWithPadding(self.tokenizer), self.recipe.evaluation.batch_size
+        collate, size = DataCollatorWithPadding(cut.tokenizer), self.recipe.evaluation.batch_size
         for start in range(0, len(rows), size):
             yield dict(collate([rows[i] for i in range(start, min(start + size, len(rows)))]))
 
@@ -348,10 +373,13 @@ class _Bench:
                 continue
             logger.info("timing %s", each.name)
             original = original or self._load_from(done[0].checkpoint)
-            inputs = speed_inputs(original.config.vocab_size, asked.speed_batch_size, asked.speed_sequence_length)
+            model = self._load_from(each.checkpoint)
+            vocabulary = min(original.config.vocab_size, model.config.vocab_size)
+            inputs = speed_inputs(vocabulary, asked.speed_batch_size, asked.speed_sequence_length)
             speed = None
             if each is not done[0]:
-                speed = measure_speed(original, self._load_from(each.checkpoint), inputs, repeats=asked.speed_repeats)
+                speed = measure_speed(original, model, inputs, repeats=asked.speed_repeats)
+            del model
             usage = measure_usage(partial(self._load_from, each.checkpoint), inputs)
             write_json(file, {"key": key, "speed": speed and asdict(speed), "usage": asdict(usage)})
             costs.append((speed, usage))

@@ -87,11 +87,12 @@ def build(arguments: argparse.Namespace) -> tuple[Any, PreTrainedModel, PreTrain
     """Returns tokenizer, student and teacher; without a folder the teacher is shaped like BERT-base."""
     folder = arguments.student or fetch_model("demo/minilm-l6")
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    student = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=2)
+    labels = {"id2label": {0: "negative", 1: "positive"}, "label2id": {"negative": 0, "positive": 1}}
+    student = AutoModelForSequenceClassification.from_pretrained(folder, **labels)
     if arguments.teacher:
-        teacher = AutoModelForSequenceClassification.from_pretrained(arguments.teacher)
+        teacher = AutoModelForSequenceClassification.from_pretrained(arguments.teacher, **labels)
     else:
-        teacher = BertForSequenceClassification(BertConfig(vocab_size=student.config.vocab_size, num_labels=2))
+        teacher = BertForSequenceClassification(BertConfig(vocab_size=student.config.vocab_size, **labels))
     return tokenizer, student, teacher.eval()
 
 

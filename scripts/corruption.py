@@ -42,9 +42,7 @@ def main() -> int:
             counts = Counter(verdict.outcome for _, verdict in judged)
             others = len(judged) - counts["error"] - counts["named"]
             slowest = max(verdict.seconds for _, verdict in judged)
-            widest = max(
-                verdict.megabytes / originals[said.split(":")[0]].megabytes for said, verdict in judged
-            )
+            widest = max(verdict.megabytes / originals[said.split(":")[0]].megabytes for said, verdict in judged)
             print(
                 f"{name:38} {len(judged):5} {counts['error']:6} {counts['named']:6} {others:6} "
                 f"{slowest:6.2f} {widest:6.2f}x",

@@ -17,9 +17,7 @@ from hfcompress import (
     compress,
 )
 from hfcompress.configuration import Config
-from hfcompress.methods.layer_dropping import LayerDroppingConfig
 from hfcompress.methods.registry import methods
-from hfcompress.methods.unstructured_pruning import UnstructuredPruningConfig
 from hfcompress.modeling.anatomy import attention_blocks
 
 # How far each family that takes text for classification can be made small; the rest is in modeling/test_families.
@@ -40,8 +38,6 @@ SMALL = {
 }
 # One config a method that works at once: a new method is found by the registry and must be added here.
 AT_ONCE: dict[str, Config] = {
-    "layer_dropping": LayerDroppingConfig(),
-    "unstructured_pruning": UnstructuredPruningConfig(),
     "structured_pruning": StructuredPruningConfig(heads=0.4, neurons=0.3),
     "layer_dropping": LayerDroppingConfig(drop=1),
     "unstructured_pruning": UnstructuredPruningConfig(sparsity=0.5),
@@ -52,7 +48,6 @@ AT_ONCE: dict[str, Config] = {
 WITH_TOKENIZER = {"vocabulary"}
 CHAINS = [
     *([name] for name in AT_ONCE),
-    ["layer_dropping", "structured_pruning", "quantization"],
     ["structured_pruning", "low_rank"],
     ["low_rank", "structured_pruning"],
     ["structured_pruning", "low_rank", "quantization"],

@@ -232,3 +232,18 @@ def test_a_model_without_a_head_must_be_fine_tuned_first(place: Path, tmp_path: 
 def test_the_record_of_a_step_is_plain_json(place: Path, finished: tuple[Path, Report]) -> None:
     record = json.loads((place / "whole.work" / "2-prune" / "step.json").read_text())
     assert record["findings"]["structured_pruning"]["heads"]["encoder.layer.0.attention.self"]["of"] == 4
+
+
+def test_a_step_may_change_the_tokenizer(place: Path, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    base = place / "whole.work" / "1-fine_tune" / "checkpoint"
+    text = f"name: trim\nmodel: {base}\ntask: sst2\ndata: {place / 'data'}\nmax_length: 16\n"
+    text += "evaluation: {speed_repeats: 3, speed_sequence_length: 8}\nsteps:\n  - vocabulary: {characters: false}\n"
+    text += "  - low_rank: {keep: 0.6}\n    calibration: 16\n"
+    (tmp_path / "trim.yaml").write_text(text)
+    report = pipeline.run(load_recipe(tmp_path / "trim.yaml", ()), tmp_path / "out", quiet=True)
+    original, trimmed, _ = report.rows
+    assert trimmed.metrics == original.metrics
+    found = trimmed.findings["vocabulary"]
+    assert len(AutoTokenizer.from_pretrained(tmp_path / "out")) == found["kept"] == found["of"] - 2

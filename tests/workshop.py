@@ -12,11 +12,12 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
 
 WORDS = ("good", "bad", "fine", "dull", "film", "plot", "very", "not", "a", "the", "was", "and")
+NEVER_SAID = ("zebra", "quark")
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    vocabulary = {word: index for index, word in enumerate(SPECIAL + WORDS)}
+    vocabulary = {word: index for index, word in enumerate(SPECIAL + WORDS + NEVER_SAID)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.post_processor = processors.TemplateProcessing(
@@ -38,7 +39,7 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 def tiny_classifier(seed: int = 0, **changes: Any) -> BertForSequenceClassification:
     torch.manual_seed(seed)
     config: dict[str, Any] = {
-        "vocab_size": len(SPECIAL) + len(WORDS),
+        "vocab_size": len(SPECIAL + WORDS + NEVER_SAID),
         "hidden_size": 64,
         "num_hidden_layers": 2,
         "num_attention_heads": 4,

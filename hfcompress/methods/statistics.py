@@ -301,7 +301,8 @@ class Replay:
 
     def _run(self) -> Iterator[dict[str, torch.Tensor]]:
         with torch.no_grad(), evaluating(self.model):
-            for self._current, batch in enumerate(self.batches):
+            for number, batch in enumerate(self.batches):
+                self._current = number
                 moved = {name: value.to(self.model.device) for name, value in batch.items()}
                 with suppress(_Reached):
                     self.model(**moved)

@@ -26,35 +26,10 @@ from hfcompress.methods.resuming import (
     require_whole,
     write_manifest,
 )
-from hfcompress.methods.training import EXAMPLE_ID, Part, Rows, shifts_labels
+from hfcompress.methods.training import EXAMPLE_ID, NumberedRows, Part, Rows, shifts_labels
 from hfcompress.modeling.checkpoint import replace_directory
 
 PARTS_FILE = "hfcompress_parts.safetensors"
-
-
-class NumberedRows(torch.utils.data.Dataset):
-    """Rows that know their numbers.
-
-    Args:
-        rows: A data set of mappings.
-    """
-
-    def __init__(self, rows: Any) -> None:
-        self.rows = rows
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, number: int) -> dict[str, Any]:
-        if number >= len(self.rows):
-            raise IndexError(number)  # ends an iteration
-        return {**self.rows[number], EXAMPLE_ID: number}
-
-    def __getitems__(self, numbers: list[int]) -> list[dict[str, Any]]:
-        if not hasattr(self.rows, "__getitems__"):
-            return [self[number] for number in numbers]
-        found = self.rows.__getitems__(numbers)
-        return [{**row, EXAMPLE_ID: number} for row, number in zip(found, numbers, strict=True)]
 
 
 def _has_no_label(inputs: Mapping[str, Any]) -> bool:

@@ -150,6 +150,31 @@ class Rows:
         return {k: v.to(self.device) if isinstance(v, torch.Tensor) else v for k, v in made.items()}
 
 
+class NumberedRows(torch.utils.data.Dataset):
+    """Rows that know their numbers.
+
+    Args:
+        rows: A data set of mappings.
+    """
+
+    def __init__(self, rows: Any) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        if number >= len(self.rows):
+            raise IndexError(number)  # ends an iteration
+        return {**self.rows[number], EXAMPLE_ID: number}
+
+    def __getitems__(self, numbers: list[int]) -> list[dict[str, Any]]:
+        if not hasattr(self.rows, "__getitems__"):
+            return [self[number] for number in numbers]
+        found = self.rows.__getitems__(numbers)
+        return [{**row, EXAMPLE_ID: number} for row, number in zip(found, numbers, strict=True)]
+
+
 class Part:
     """What one method adds to training; subclasses override what they need.
 

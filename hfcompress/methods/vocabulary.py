@@ -60,9 +60,7 @@ def vocabulary(model: PreTrainedModel, config: VocabularyConfig, context: Contex
     tokenizer, texts = context.tokenizer, context.texts
     if tokenizer is None or not texts:
         missing = "the tokenizer" if tokenizer is None else "texts"
-        raise CompressionError(
-            f"vocabulary needs {missing}", hint="Pass tokenizer=..., texts=[...] to compress."
-        )
+        raise CompressionError(f"vocabulary needs {missing}", hint="Pass tokenizer=..., texts=[...] to compress.")
     state = state_of(tokenizer)
     known = vocabulary_of(state)
     rows = _rows(model)

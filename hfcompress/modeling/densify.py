@@ -234,5 +234,3 @@ def _spread(tensor: torch.Tensor, dim: int, place: torch.Tensor, total: int) -> 
     shape = list(tensor.shape)
     shape[dim] = total
     return tensor.new_zeros(shape).index_copy_(dim, place.to(tensor.device), tensor.detach())
-
-

@@ -121,9 +121,7 @@ def _require_known_attention(config: PreTrainedConfig) -> None:
                 )
 
 
-def guard_files(
-    files: Sequence[str] | None, config: PreTrainedConfig, structure: Mapping[str, Any]
-) -> None:
+def guard_files(files: Sequence[str] | None, config: PreTrainedConfig, structure: Mapping[str, Any]) -> None:
     """Refuses files outside of the checkpoint's folder, damaged headers, and whatever the seal tells apart.
 
     Args:

@@ -13,7 +13,7 @@ from typing import Any
 from hfcompress.evaluation.report import Row
 
 _WIDTH, _HEIGHT = 460, 320
-_LEFT, _RIGHT, _TOP, _BOTTOM = 62, 20, 14, 48
+_LEFT, _RIGHT, _TOP, _BOTTOM = 74, 20, 14, 48
 _RADIUS = 10
 
 
@@ -201,7 +201,7 @@ def _cells(values: Any) -> dict[str, tuple[str, float]]:
         kept, whole = (value.get("kept"), value.get("of")) if isinstance(value, Mapping) else (None, None)
         if isinstance(kept, int) and isinstance(whole, int) and _is_count(kept) and whole > 0:
             cells[path] = (f"{kept}/{whole}", min(1.0, kept / whole))
-        elif _is_count(value) and most:
+        elif isinstance(value, int) and _is_count(value) and most:
             cells[path] = (str(value), value / most)
     return cells
 

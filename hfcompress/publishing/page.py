@@ -48,7 +48,8 @@ def page_of_reports(reports: Sequence[tuple[str, Report]]) -> str:
     kinds = {(report.task, report.split, report.examples, report.metric) for _, report in reports}
     same = len(kinds) == 1
     first = reports[0][1]
-    worth = f"{first.metric} on {first.task}" if same else "share of the original's metric kept"
+    worth = first.metric if same else "share of the original's metric kept"
+    about = f"{worth} on {first.task}, {first.examples:,} rows of the {first.split} split" if same else worth
     notes = []
     if not same:
         notes.append("The results are not of the same task and rows, so what is compared is the share kept.")
@@ -63,7 +64,7 @@ def page_of_reports(reports: Sequence[tuple[str, Report]]) -> str:
         times = 1 / last.speed.ratio if last.speed and last.speed.ratio > 0 else math.nan
         speed_points.append(Point(x=times, y=value, mark=mark, name=name))
     body = [
-        f'<h1>{len(reports)} results</h1>\n<p class="faint">{escape(worth)}</p>',
+        f'<h1>{len(reports)} results</h1>\n<p class="faint">{escape(about)}</p>',
         "".join(f"<p>{escape(note)}</p>" for note in notes),
         _section("What is gained for what is lost", _figures(bytes_points, speed_points, worth, relative=True)),
         _section("Results", _compared(reports, marks)),
@@ -304,7 +305,8 @@ def _table(table: figures.Table) -> str:
             for column, cell in zip(table.head[1:], cells, strict=True)
         )
         lines.append(f'<tr><th scope="row">{_breakable(name)}</th>{data}</tr>')
-    return f'<table class="list"><thead><tr>{head}</tr></thead>\n<tbody>{"".join(lines)}</tbody></table>'
+    body = "".join(lines)
+    return f'<div class="wide"><table class="list"><thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table></div>'
 
 
 def _unbroken(cell: str) -> str:

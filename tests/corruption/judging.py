@@ -10,6 +10,7 @@ import resource
 import select
 import shutil
 import signal
+import time
 import traceback
 from dataclasses import dataclass
 from pathlib import Path

@@ -217,8 +217,9 @@ _WRONG: dict[str, Callable[[int, random.Random], Any]] = {
     "negative": lambda number, rng: -rng.choice([1, 2, number, 10**6, 2**40]),
     "zero": lambda number, rng: rng.choice([0, -0.0, 0.0, False]),
     "huge": lambda number, rng: rng.choice([10**6, 10**7, 2**31, 2**40, 2**63, 10**30]) + rng.randrange(1000),
-    "another": lambda number, rng: number
-    + rng.choice([each for each in (-3, -2, -1, 1, 2, 3, 5, 7, number, 3 * number) if number + each > 0]),
+    "another": lambda number, rng: (
+        number + rng.choice([each for each in (-3, -2, -1, 1, 2, 3, 5, 7, number, 3 * number) if number + each > 0])
+    ),
     "of wrong type": lambda number, rng: rng.choice(
         [str(number), number + 0.5, float(number), None, True, [number], [number] * 3, {"a": number}, "x", [], {}]
     ),

@@ -10,27 +10,42 @@ from typing import Any
 import torch
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
-from hfcompress import LowRankConfig, QuantizationConfig, StructuredPruningConfig, compress
+from hfcompress import LowRankConfig, QuantizationConfig, compress
 from hfcompress.configuration import Config
+from hfcompress.modeling.anatomy import attention_blocks, feed_forward_blocks
+from hfcompress.modeling.checkpoint import commit
+from hfcompress.modeling.surgery import shrink_attention, shrink_feed_forward
 from tests.workshop import batches, logits, tiny_classifier
 
-PRUNING = StructuredPruningConfig(heads=0.5, neurons=0.4)
 LOW_RANK = LowRankConfig(keep=0.5)
-KINDS: dict[str, Sequence[Config]] = {
-    "pruned": [PRUNING],
+PRUNED: Config | None = None  # stands for pruning by hand, other heads and widths in each layer
+KINDS: dict[str, Sequence[Config | None]] = {
+    "pruned": [PRUNED],
     "low-rank": [LOW_RANK],
     "embedding": [QuantizationConfig(weights=None, embeddings="int8")],
     "embedding-int4": [QuantizationConfig(weights=None, embeddings="int4")],
     "nf4": [QuantizationConfig(attention="nf4", ffn="int8", weights=None, embeddings=None)],
-    "int8-pruned": [PRUNING, QuantizationConfig(weights="int8", embeddings=None)],
-    "everything": [PRUNING, LOW_RANK, QuantizationConfig(weights="nf4-double", embeddings="int4")],
+    "int8-pruned": [PRUNED, QuantizationConfig(weights="int8", embeddings=None)],
+    "everything": [PRUNED, LOW_RANK, QuantizationConfig(weights="nf4-double", embeddings="int4")],
 }
 
 
 def make(kind: str, *, seed: int = 0, **changes: Any) -> PreTrainedModel:
     """Makes a compressed classifier, committed, in evaluation mode."""
     model = tiny_classifier(seed, **changes)
-    return compress(model, KINDS[kind], calibration=batches()).eval()
+    if PRUNED in KINDS[kind]:
+        prune(model)
+    configs = [config for config in KINDS[kind] if config is not None]
+    return compress(model, configs, calibration=batches()).eval()
+
+
+def prune(model: PreTrainedModel) -> None:
+    """Keeps two and three of four heads, and a half and three quarters of the neurons."""
+    for block, heads in zip(attention_blocks(model), ([1, 3], [0, 1, 3]), strict=True):
+        shrink_attention(block, heads)
+    for block, share in zip(feed_forward_blocks(model), (2, 4), strict=True):
+        shrink_feed_forward(block, [neuron for neuron in range(block.neurons) if neuron % share])
+    commit(model)
 
 
 def load(folder: Path, **arguments: Any) -> PreTrainedModel:

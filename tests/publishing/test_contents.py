@@ -31,7 +31,15 @@ def names(directory: Path) -> set[str]:
 
 def test_a_checkpoint_goes_whole_and_alone(checkpoint: Path) -> None:
     wanted = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "README.md"}
-    extra = {".eval_results/sst2.yaml", "report.json", "pictures/speed.svg", "curve.png", "LICENSE"}
+    extra = {
+        ".eval_results/sst2.yaml",
+        "report.json",
+        "report.html",
+        "predictions.json",
+        "pictures/speed.svg",
+        "curve.png",
+        "LICENSE",
+    }
     for name in extra:
         (checkpoint / name).parent.mkdir(exist_ok=True)
         (checkpoint / name).write_text("{}", encoding="utf-8")

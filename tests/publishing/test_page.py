@@ -13,7 +13,7 @@ import pytest
 from hfcompress.evaluation.comparison import ClassChange, Comparison, Difference
 from hfcompress.evaluation.report import Report
 from hfcompress.evaluation.usage import LINEAR, QUANTIZED, REST, Usage
-from hfcompress.publishing import figures
+from hfcompress.publishing import card_of_report, figures
 from hfcompress.publishing.drawing import Point, front, maps, scatter, ticks
 from hfcompress.publishing.page import page_of_report, page_of_reports
 
@@ -165,6 +165,17 @@ def test_the_reasons_name_where_the_time_goes(whole: Report) -> None:
     assert "84.2 ms in quantized linear layers" in quantized and "unpack or round" in quantized
     fast = replace(whole, rows=(whole.rows[0], replace(whole.rows[2], usage=whole.rows[0].usage)))
     assert figures.reasons(fast) == []
+
+
+def test_the_card_says_the_same(whole: Report) -> None:
+    card = card_of_report(whole, quant_method=None, pictured=True)
+    assert "![quality against bytes on disk and against time](pictures/quality.png)" in card
+    assert "| quantize | -0.0400 (-0.0500 to -0.0300) | 31 | 22 | 9 | 0.0500 to 0.0700 |" in card
+    assert "31 of 408 answers differ from the original's; the original had 22 of them right." in card
+    assert "Of the classes equivalent loses most: 93.0% right before, 91.0% after (279 examples)." in card
+    assert "Its calibration error grows from 0.0500 to 0.0700." in card
+    assert "quantize has 5.00x fewer operations and is 1.90x as fast." in card
+    assert "pictures/" not in card_of_report(whole, quant_method=None)
 
 
 def test_many_classes_are_cut_to_those_that_lost_most(whole: Report) -> None:

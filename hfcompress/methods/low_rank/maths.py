@@ -167,7 +167,7 @@ def nonnegative(weight: torch.Tensor, rank: int, iterations: int = 100) -> Facto
     left, sizes, right = torch.linalg.svd(split, full_matrices=False)
     scales = sizes[:rank].sqrt()
     start = (left[:, :rank] * scales).abs(), (scales.unsqueeze(1) * right[:rank]).abs()
-    solver = NMF(rank, init="custom", tol=1e-4, max_iter=iterations)
+    solver = NMF(rank, init="custom", tol=1e-4, max_iter=iterations)  # type: ignore[arg-type]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # a bounded number of sweeps is what is asked for
         up = torch.from_numpy(solver.fit_transform(split.numpy(), W=start[0].numpy(), H=start[1].numpy()))

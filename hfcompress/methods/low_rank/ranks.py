@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 import torch
 
@@ -62,7 +63,7 @@ class Curve:
             # A rise that is negative, or smaller than at a higher rank, is noise.
             points.append((tail[at], max(points[-1][1], self.measured[at])))
         here = tail[rank]
-        for (left, low), (right, high) in zip(points, points[1:], strict=False):
+        for (left, low), (right, high) in pairwise(points):
             if here <= right or (right, high) == points[-1]:
                 return low + (high - low) * (here - left) / (right - left) if right > left else high
         raise AssertionError("a curve has at least one measured rank")
@@ -86,9 +87,9 @@ class Curve:
 def allocate(curves: Mapping[str, Curve], budget: float, multiple_of: int) -> dict[str, int | None]:
     """Shares one budget of parameters among layers so that the sum of their losses is least.
 
-    Every layer starts at the lowest rank that was measured; what is left goes, piece by piece, where a parameter lowers the loss
-    most. Pieces are edges of each layer's lower convex hull, so that up to the last piece no other choice of that
-    size has a smaller sum.
+    Every layer starts at the lowest rank that was measured; what is left goes, piece by piece, where a parameter
+    lowers the loss most. Pieces are edges of each layer's lower convex hull, so that up to the last piece no other
+    choice of that size has a smaller sum.
 
     Args:
         curves: The layers.
@@ -140,4 +141,4 @@ def _hull(choices: Sequence[tuple[int, float, int | None]]) -> list[tuple[int, i
                 break
             corners.pop()
         corners.append(index)
-    return list(zip(corners, corners[1:], strict=False))
+    return list(pairwise(corners))

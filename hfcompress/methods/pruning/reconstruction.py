@@ -340,9 +340,7 @@ def _by_blocks(model: PreTrainedModel, plan: _Plan) -> dict[int, Fit]:
         for _ in run_batches(model, plan.batches, description="reconstructing"):
             pass
     return {
-        position: _fit(plan.units[position], each, starts[position])
-        for position, each in moments.items()
-        if each.count
+        position: _fit(plan.units[position], each, starts[position]) for position, each in moments.items() if each.count
     }
 
 

@@ -10,9 +10,7 @@ from torch import nn
 Bits = Literal[4, 8]
 
 
-def quantize_rows(
-    table: torch.Tensor, bits: Bits, group_size: int
-) -> tuple[torch.Tensor, torch.Tensor]:
+def quantize_rows(table: torch.Tensor, bits: Bits, group_size: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Rounds each group of each row to signed integers with one scale a group.
 
     The scale of a group is the one of 16 candidates (the largest value, down to two thirds of it) with the

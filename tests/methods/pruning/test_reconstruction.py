@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch.nn.functional import pad
 
 from hfcompress import LowRankConfig, compress
 from hfcompress.methods.pruning.reconstruction import Moments, reconstruct, refit
