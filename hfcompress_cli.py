@@ -140,6 +140,26 @@ def compare(
     _call("compare", debug, directories=directories, output=output)
 
 
+@app.command("verify-files")
+def verify_files(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A checkpoint folder.", show_default=False)],
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Check every tensor of a checkpoint against the digest it was saved with; exit code 1 if one differs."""
+    _call("verify_files", debug, directory=directory, as_json=as_json)
+
+
+@app.command()
+def densify(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A compressed checkpoint.", show_default=False)],
+    output: Annotated[Path, typer.Argument(metavar="OUT", help="A new folder.", show_default=False)],
+    debug: Debug = False,
+) -> None:
+    """Write a checkpoint in stock shapes, for servers that know only stock models; it is as large as the original."""
+    _call("densify", debug, directory=directory, output=output)
+
+
 @app.command()
 def card(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="A checkpoint folder.", show_default=False)],

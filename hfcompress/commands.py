@@ -231,6 +231,40 @@ def verify(*, directory: Path, original: str | None, data: str | None, quiet: bo
     return whole
 
 
+def verify_files(*, directory: Path, as_json: bool) -> bool:
+    """Checks a checkpoint's files against the digests they were saved with; returns whether all hold.
+
+    Raises:
+        HFCompressError: The folder holds no checkpoint.
+    """
+    from dataclasses import asdict
+
+    from hfcompress.modeling.integrity import verify_files as check
+
+    _require_checkpoint(directory)
+    findings = check(directory)
+    if as_json:
+        print(json.dumps({"holds": not findings, "findings": [asdict(finding) for finding in findings]}, indent=2))
+    else:
+        for finding in findings:
+            print(finding)
+        print(f"{directory}: {len(findings) or 'no'} damage found")
+    return not findings
+
+
+def densify(*, directory: Path, output: Path) -> None:
+    """Writes a checkpoint's stock twin.
+
+    Raises:
+        HFCompressError: The folder holds no checkpoint, or has no counterpart in stock shapes.
+    """
+    from hfcompress.modeling.densify import densify as write_dense
+
+    _require_checkpoint(directory)
+    write_dense(directory, output)
+    print(output)
+
+
 def compare(*, directories: Sequence[Path], output: Path) -> None:
     """Draws several results into one page.
 

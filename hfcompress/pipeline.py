@@ -231,7 +231,9 @@ class _Bench:
         assert step.training is not None
         taught = any(method_of(config).name == "distillation" for config in step.methods)
         learned_from = self._load(teacher) if taught else None
-        context = Context(teacher=learned_from)
+        context = Context(teacher=learned_from, cache_dir=self.work.parent / "teacher_cache")
+        parts = [part(config, context) for config in step.methods if (part := method_of(config).part)]
+        del learned_from, context  # with a cache the teacher is dropped as soon as it has spoken
         rows = self._labelled(model, cut.rows["train"])
         arguments = training_arguments(
             step.training, folder, seed=self.recipe.seed, examples=len(rows), quiet=self.quiet
@@ -239,7 +241,7 @@ class _Bench:
         trainer = CompressionTrainer(
             model,
             arguments,
-            parts=[part(config, context) for config in step.methods if (part := method_of(config).part)],
+            parts=parts,
             train_dataset=rows,
             data_collator=DataCollatorWithPadding(cut.tokenizer),
             processing_class=cut.tokenizer,
@@ -404,7 +406,13 @@ def _publish(checkpoint: Path, report: Report, answers: Sequence[Answers], outpu
 
 
 def _link_or_copy(source: str, target: str) -> str:
-    """Weights are never changed in place, so the result may share them with the step that made them."""
+    """Weights are never changed in place, so the result may share them with the step that made them.
+
+    Shards are copied: a linked shard could lie anywhere, and loading refuses it.
+    """
+    if "-of-" in Path(source).name:
+        shutil.copy2(source, target)
+        return target
     try:
         os.link(source, target)
     except OSError:

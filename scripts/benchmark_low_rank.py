@@ -63,13 +63,13 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--held-out", type=int, default=256, help="other texts of the training split")
     parser.add_argument("--max-length", type=int, default=64)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--nmf", action="store_true", help="also non-negative matrices, which take minutes")
+    parser.add_argument("--every", action="store_true", help="also non-negative matrices and other budgets: minutes")
     return parser.parse_args()
 
 
 def configs(asked: argparse.Namespace) -> dict[str, LowRankConfig]:
     keep: dict[str, Any] = {"keep": asked.keep}
-    shared: dict[str, Any] = {"budget": asked.keep, "correct_bias": True}
+    shared: dict[str, Any] = {"budget": asked.keep, "sensitivity_batches": 1}
     made = {
         "svd": LowRankConfig(method="svd", **keep),
         "fisher": LowRankConfig(method="fisher", **keep),
@@ -77,11 +77,15 @@ def configs(asked: argparse.Namespace) -> dict[str, LowRankConfig]:
         "whitened": LowRankConfig(method="whitened", **keep),
         "whitened, bias": LowRankConfig(method="whitened", correct_bias=True, **keep),
         "whitened, sequential, bias": LowRankConfig(sequential=True, correct_bias=True, **keep),
-        "budget by outputs, bias": LowRankConfig(sensitivity="outputs", **shared),
-        "budget by outputs, sequential, bias": LowRankConfig(sensitivity="outputs", sequential=True, **shared),
-        "budget by loss, bias": LowRankConfig(sensitivity="loss", **shared),
+        "budget by outputs": LowRankConfig(**shared),
     }
-    return made | ({"nmf": LowRankConfig(method="nmf", **keep)} if asked.nmf else {})
+    if asked.every:
+        made |= {
+            "budget by outputs, sequential, bias": LowRankConfig(sequential=True, correct_bias=True, **shared),
+            "budget by loss": LowRankConfig(sensitivity="loss", **shared),
+            "nmf": LowRankConfig(method="nmf", **keep),
+        }
+    return made
 
 
 def load(asked: argparse.Namespace) -> Any:

@@ -197,7 +197,7 @@ def test_methods_are_listed_with_their_fields() -> None:
     found = json.loads(done.stdout)
     assert {"low_rank", "structured_pruning", "distillation", "quantization", "training"} <= found.keys()
     keep = next(entry for entry in found["low_rank"]["fields"] if entry["name"] == "keep")
-    assert keep["type"] == "float" and "<" in keep["allowed"] and keep["description"]
+    assert keep["type"].startswith("float") and "<" in keep["allowed"] and keep["description"]
     shown = invoke("methods").stdout
     assert all(name in shown for name in found) and "keep" in shown
 
@@ -214,6 +214,8 @@ def test_version() -> None:
         ["evaluate", "FOLDER", "--task", "sst2"],
         ["export", "FOLDER", "-o", "x"],
         ["card", "FOLDER"],
+        ["densify", "FOLDER", "x"],
+        ["verify-files", "FOLDER"],
         ["push", "FOLDER", "org/name"],
     ],
     ids=lambda arguments: arguments[0],
@@ -259,3 +261,20 @@ def test_an_export_with_a_floor_is_told_as_json(tmp_path: Path) -> None:
     told = json.loads(done.stdout)
     assert told["difference"] < 1e-5 and told["score"] >= 0.5 * told["float_score"] > 0
     assert told["graph_bytes"] == (tmp_path / "out" / "model.onnx").stat().st_size
+
+
+def test_a_damaged_tensor_is_named_and_a_dense_twin_is_stock(tmp_path: Path) -> None:
+    from hfcompress import LowRankConfig, compress
+    from tests.workshop import tiny_classifier
+
+    compress(tiny_classifier(), [LowRankConfig(method="svd")]).save_pretrained(tmp_path / "small")
+    whole = invoke("verify-files", str(tmp_path / "small"))
+    assert whole.exit_code == 0, whole.stderr
+    assert invoke("densify", str(tmp_path / "small"), str(tmp_path / "dense")).exit_code == 0
+    assert "quantization_config" not in json.loads((tmp_path / "dense" / "config.json").read_text())
+    weights = tmp_path / "small" / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(bytes(data))
+    damaged = invoke("verify-files", str(tmp_path / "small"))
+    assert damaged.exit_code == 1 and "model.safetensors: " in damaged.stdout

@@ -33,8 +33,8 @@ class LowRankConfig(Config):
             `whitened` is fitted already.
         correct_bias: Biases take over the mean of each layer's error on the calibration data, and `whitened` fits
             the rest. Layers without a bias stay without.
-        sensitivity: What `budget` goes by: the `loss` on labels, or how far the model's `outputs` move; `auto` is
-            `loss` where there are labels.
+        sensitivity: What `budget` goes by: how far the model's `outputs` move, or the rise of the `loss` on labels,
+            which is noisier: a model that knows its training texts hardly loses on them.
         sensitivity_batches: How many calibration batches `budget` measures on.
         multiple_of: Ranks (but not `rank`) are rounded to a multiple of this, which kernels and 4-bit blocks like:
             down, and with `energy` up.
@@ -49,7 +49,7 @@ class LowRankConfig(Config):
     sequential: bool = False
     refit: bool = False
     correct_bias: bool = False
-    sensitivity: Literal["auto", "loss", "outputs"] = "auto"
+    sensitivity: Literal["outputs", "loss"] = "outputs"
     sensitivity_batches: int = Field(2, ge=1)
     multiple_of: int = Field(8, ge=1, le=256)
 

@@ -16,7 +16,7 @@ from hfcompress.errors import CompressionError
 from hfcompress.methods.low_rank import maths
 from hfcompress.methods.low_rank.config import LowRankConfig
 from hfcompress.methods.low_rank.ranks import Curve, allocate, is_smaller, rank_for, rank_of_energy
-from hfcompress.methods.low_rank.sensitivity import By, Probe, measure
+from hfcompress.methods.low_rank.sensitivity import Probe, measure
 from hfcompress.methods.registry import Batch, Context
 from hfcompress.methods.statistics import (
     InputStatistics,
@@ -230,11 +230,9 @@ def _budgeted(
             "a budget is shared out by what is measured on calibration data, and there is none",
             hint="Pass calibration=[batch, ...], or give keep, rank or energy.",
         )
-    labelled = "labels" in batches[0]
-    by: By = "loss" if config.sensitivity == "loss" or (config.sensitivity == "auto" and labelled) else "outputs"
-    if by == "loss" and not labelled:
+    if config.sensitivity == "loss" and "labels" not in batches[0]:
         raise CompressionError("sensitivity 'loss' needs calibration batches with labels", hint="Choose 'outputs'.")
-    probe = Probe(model, batches[: config.sensitivity_batches], by)
+    probe = Probe(model, batches[: config.sensitivity_batches], config.sensitivity)
 
     def products(path: str) -> Callable[[], dict[int, torch.Tensor]]:
         def make() -> dict[int, torch.Tensor]:

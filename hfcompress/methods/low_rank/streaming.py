@@ -6,7 +6,9 @@ only the matrix at hand is in memory.
 
 from __future__ import annotations
 
+import ctypes
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -77,6 +79,7 @@ def stream_factorize(
         for number, (path, rank) in enumerate(tqdm(plan.items(), desc="factorizing", disable=not progress)):
             factorize_layer(model, path, rank, config, knowledge)
             _spill(base_model(model).get_submodule(path), scratch / f"{number}.safetensors")
+            _give_back_memory()
         commit(model)
         save(model, out, max_shard_size=max_shard_size)
     finally:
@@ -133,6 +136,13 @@ def _empty(config: Any) -> PreTrainedModel:
         raise CheckpointError(f"config.json: architectures names no model class of transformers: '{name}'")
     with torch.device("meta"):
         return made(config)
+
+
+def _give_back_memory() -> None:
+    """Returns freed memory to the system: glibc keeps it, and a few small blocks pin all that lies below them."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
 
 
 def _mapped(file: Path) -> dict[str, torch.Tensor]:
