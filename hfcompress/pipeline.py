@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import os
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,27 +18,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from hfcompress.errors import DataError
-from hfcompress.evaluation.answer_book import AnswerBook
 from hfcompress.evaluation.comparison import Answers, compare
 from hfcompress.evaluation.cost import Speed, measure_speed, speed_inputs
 from hfcompress.evaluation.quality import evaluate_quality
 from hfcompress.evaluation.report import Report, Row, describe_environment, retention
 from hfcompress.evaluation.usage import Usage, measure_usage
 from hfcompress.methods.registry import Batch, Context, method_of
-from hfcompress.modeling.checkpoint import replace_directory, save
+from hfcompress.modeling.checkpoint import save
 from hfcompress.modeling.measure import count_parameters, weight_bytes
 from hfcompress.recipe import Recipe, Step
 from hfcompress.recipe.schema import is_local
 from hfcompress.run_folder import (
     ANSWERS,
     COSTS,
-    PREDICTIONS,
     RECORD,
-    REPORT,
     fingerprint,
     key_of,
     locked,
     prepare,
+    publish,
     read_json,
     read_record,
     refuse_foreign,
@@ -77,7 +74,7 @@ def run(recipe: Recipe, output: Path, quiet: bool = False) -> Report:
         bench = _Bench(recipe, work, quiet)
         done = bench.run_steps()
         report, answers = bench.report(done)
-        _publish(done[-1].checkpoint, report, answers, output)
+        publish(done[-1].checkpoint, report, answers, output)
     if recipe.push is not None:
         from hfcompress.publishing.hub import push
 
@@ -386,38 +383,6 @@ class _Bench:
             write_json(file, {"key": key, "speed": speed and asdict(speed), "usage": asdict(usage)})
             costs.append((speed, usage))
         return costs
-
-
-def _publish(checkpoint: Path, report: Report, answers: Sequence[Answers], output: Path) -> None:
-    """Makes the result's folder beside its place and moves it there whole."""
-    from hfcompress.publishing import write_documents
-
-    scratch = output.with_name(f".{output.name}.partial")
-    shutil.rmtree(scratch, ignore_errors=True)
-    shutil.copytree(checkpoint, scratch, copy_function=_link_or_copy)
-    try:
-        report.save(scratch / REPORT)
-        book = AnswerBook.of_run(report, answers)
-        (scratch / PREDICTIONS).write_text(book.to_json(), encoding="utf-8")
-        write_documents(scratch, report)
-        replace_directory(scratch, output)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-
-
-def _link_or_copy(source: str, target: str) -> str:
-    """Weights are never changed in place, so the result may share them with the step that made them.
-
-    Shards are copied: a linked shard could lie anywhere, and loading refuses it.
-    """
-    if "-of-" in Path(source).name:
-        shutil.copy2(source, target)
-        return target
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)
-    return target
 
 
 def find_model(name: str, *, progress: bool) -> Path:

@@ -6,16 +6,21 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hfcompress.errors import RunFolderError
+from hfcompress.evaluation.answer_book import AnswerBook
 from hfcompress.methods.resuming import digest
+from hfcompress.modeling.checkpoint import replace_directory
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+    from hfcompress.evaluation.comparison import Answers
+    from hfcompress.evaluation.report import Report
 
 REPORT = "report.json"
 PREDICTIONS = "predictions.json"
@@ -76,6 +81,38 @@ def read_record(folder: Path, key: str, *, checkpoint: Path | None = None) -> di
         for name, expected in record["files"].items()
     )
     return record if whole else None
+
+
+def publish(checkpoint: Path, report: Report, answers: Sequence[Answers], output: Path) -> None:
+    """Makes the result's folder beside its place and moves it there whole."""
+    from hfcompress.publishing import write_documents
+
+    scratch = output.with_name(f".{output.name}.partial")
+    shutil.rmtree(scratch, ignore_errors=True)
+    shutil.copytree(checkpoint, scratch, copy_function=_link_or_copy)
+    try:
+        report.save(scratch / REPORT)
+        book = AnswerBook.of_run(report, answers)
+        (scratch / PREDICTIONS).write_text(book.to_json(), encoding="utf-8")
+        write_documents(scratch, report)
+        replace_directory(scratch, output)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _link_or_copy(source: str, target: str) -> str:
+    """Weights are never changed in place, so the result may share them with the step that made them.
+
+    Shards are copied: a linked shard could lie anywhere, and loading refuses it.
+    """
+    if "-of-" in Path(source).name:
+        shutil.copy2(source, target)
+        return target
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+    return target
 
 
 def key_of(*parts: Any) -> str:
