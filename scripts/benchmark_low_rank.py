@@ -28,6 +28,7 @@ BATCH = 32
 
 
 def main() -> None:
+    """Prints the table."""
     asked = arguments()
     logging.disable_progress_bar()
     calibration, held_out = batches(asked, 0, asked.calibration), batches(asked, asked.calibration, asked.held_out)
@@ -54,6 +55,7 @@ def main() -> None:
 
 
 def arguments() -> argparse.Namespace:
+    """Reads the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", help="a fine-tuned sequence classifier")
     parser.add_argument("--task", default="demo/movie-reviews")
@@ -68,6 +70,7 @@ def arguments() -> argparse.Namespace:
 
 
 def configs(asked: argparse.Namespace) -> dict[str, LowRankConfig]:
+    """Names what is compared."""
     keep: dict[str, Any] = {"keep": asked.keep}
     shared: dict[str, Any] = {"budget": asked.keep, "sensitivity_batches": 1}
     made = {
@@ -89,10 +92,12 @@ def configs(asked: argparse.Namespace) -> dict[str, LowRankConfig]:
 
 
 def load(asked: argparse.Namespace) -> Any:
+    """Loads the original."""
     return AutoModelForSequenceClassification.from_pretrained(asked.checkpoint)
 
 
 def batches(asked: argparse.Namespace, start: int, count: int) -> list[dict[str, torch.Tensor]]:
+    """Makes batches of some texts of the training split."""
     task, tokenizer = get_task(asked.task), AutoTokenizer.from_pretrained(asked.checkpoint)
     train = load_data(task, asked.data)["train"].shuffle(seed=asked.seed).select(range(start, start + count))
     rows = preprocess(train, task, tokenizer, max_length=asked.max_length, label2id=None)
@@ -103,11 +108,13 @@ def batches(asked: argparse.Namespace, start: int, count: int) -> list[dict[str,
 
 @torch.no_grad()
 def outputs(model: Any, data: list[dict[str, torch.Tensor]]) -> torch.Tensor:
+    """Returns all logits."""
     return torch.cat([model.eval()(**batch).logits for batch in data])
 
 
 @torch.no_grad()
 def lapack_seconds(model: Any) -> float:
+    """Times singular value decompositions of the same matrices, and nothing else."""
     base = base_model(model)
     matrices = [base.get_submodule(path).weight.double() for path in modules_of(model, ("attention", "ffn"))]
     started = time.perf_counter()

@@ -234,7 +234,7 @@ def test_the_record_of_a_step_is_plain_json(place: Path, finished: tuple[Path, R
     assert record["findings"]["structured_pruning"]["heads"]["encoder.layer.0.attention.self"]["of"] == 4
 
 
-def test_a_step_may_change_the_tokenizer(place: Path, tmp_path: Path) -> None:
+def test_a_step_may_change_the_tokenizer(place: Path, finished: tuple[Path, Report], tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
     base = place / "whole.work" / "1-fine_tune" / "checkpoint"

@@ -300,13 +300,13 @@ class Replay:
         self._outputs.clear()
 
     def _run(self) -> Iterator[dict[str, torch.Tensor]]:
-        with torch.no_grad(), evaluating(self.model):
-            for number, batch in enumerate(self.batches):
-                self._current = number
-                moved = {name: value.to(self.model.device) for name, value in batch.items()}
-                with suppress(_Reached):
-                    self.model(**moved)
-                yield moved
+        for number, batch in enumerate(self.batches):
+            self._current = number
+            moved = {name: value.to(self.model.device) for name, value in batch.items()}
+            # Not around the yield: two replays run by turns, and would leave each other's mode behind.
+            with torch.no_grad(), evaluating(self.model), suppress(_Reached):
+                self.model(**moved)
+            yield moved
 
 
 @contextmanager

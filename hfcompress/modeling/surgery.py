@@ -166,7 +166,7 @@ def factorize(
     if not isinstance(old, Conv1D):
         _require_float(old)
     # An empty model is given back a structure that was allowed when it was made.
-    tied = () if factors is None else tied_to(model, path)
+    tied = () if old.weight.is_meta else tied_to(model, path)
     if tied:
         raise CompressionError(
             f"{path} shares its weight with {', '.join(tied)} and cannot be factorized alone",

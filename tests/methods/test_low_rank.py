@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,10 @@ from hfcompress import LowRankConfig, QuantizationConfig, compress
 from hfcompress.errors import CompressionError, ConfigError
 from hfcompress.methods.low_rank import low_rank
 from hfcompress.methods.low_rank.maths import truncate
+from hfcompress.methods.low_rank.method import Fitted, fit
 from hfcompress.methods.low_rank.sensitivity import Probe, divergence, measure
 from hfcompress.methods.registry import Context
+from hfcompress.methods.statistics import InputStatistics
 from hfcompress.modeling import surgery
 from hfcompress.modeling.anatomy import base_model, modules_of
 from hfcompress.modeling.checkpoint import commit
@@ -63,18 +66,28 @@ def test_calibrated_factors_are_closer_on_the_data_than_plain_ones() -> None:
     assert errors["whitened"] < min(errors["svd"], errors["fisher"], errors["nmf"])
 
 
-def test_a_sequential_update_and_biases_lower_the_error_on_the_data() -> None:
-    data = batches(8)
-    plain = error(LowRankConfig(method="whitened", keep=0.4), data)
-    assert error(LowRankConfig(method="whitened", keep=0.4, correct_bias=True), data) < plain
-    assert error(LowRankConfig(sequential=True, keep=0.4, correct_bias=True), data) < plain
+def test_a_bias_and_a_target_beat_the_factors_alone_on_changed_inputs() -> None:
+    generator = torch.Generator().manual_seed(0)
+    old = torch.randn(200, 24, generator=generator) @ torch.randn(24, 24, generator=generator) + 2
+    new = old + torch.randn(200, 24, generator=generator) + 0.5
+    weight = torch.randn(16, 24, generator=generator)
+    alone = InputStatistics(mean=new.mean(0), second_moment=new.T @ new / 200)
+    paired = replace(alone, reference_mean=old.mean(0), cross_moment=old.T @ new / 200)
+
+    def distance(fitted: Fitted) -> float:
+        up, down = fitted.factors
+        shift = torch.zeros(16) if fitted.shift is None else fitted.shift
+        return (old @ weight.T - new @ (up @ down).T - shift).square().sum().item()
+
+    plain, aimed = (distance(fit(weight, 6, "whitened", inputs=known)) for known in (alone, paired))
+    assert distance(fit(weight, 6, "whitened", inputs=paired, shift=True)) < aimed < plain
 
 
 @pytest.mark.parametrize("method", ["svd", "fisher", "nmf"])
 def test_a_refit_lowers_the_error_on_the_data(method: Any) -> None:
     data = batches(4)
-    refitted = LowRankConfig(method=method, keep=0.4, refit=True, correct_bias=True)
-    assert error(refitted, data) < error(LowRankConfig(method=method, keep=0.4), data)
+    one: Any = {"targets": ("ffn_output",), "method": method, "keep": 0.4}
+    assert error(LowRankConfig(**one, refit=True, correct_bias=True), data) < error(LowRankConfig(**one), data)
 
 
 def test_a_bias_takes_over_the_mean_error_of_its_layer() -> None:
@@ -315,3 +328,9 @@ def test_merging_refuses_what_is_not_low_rank_or_quantized() -> None:
     compress(model, [LowRankConfig(method="svd"), QuantizationConfig(embeddings=None)])
     with pytest.raises(CompressionError, match="cannot be cut"):
         surgery.defactorize(model, path)
+
+
+def test_a_sequential_update_leaves_gradients_on() -> None:
+    model = compress(tiny_classifier(), [LowRankConfig(keep=0.5, sequential=True)], calibration=batches(2))
+    assert torch.is_grad_enabled()
+    model(**batches(1)[0]).loss.backward()
