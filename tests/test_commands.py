@@ -160,7 +160,9 @@ def test_exit_codes(error: BaseException, code: int, said: str, monkeypatch: pyt
 
 
 def test_an_interrupt_from_outside_is_130() -> None:
-    sleeping = FAKED.format(body="print('ready', flush=True); __import__('time').sleep(60)")
+    # A shell that starts a script in the background has it ignore interrupts, and a child inherits that.
+    listening = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    sleeping = listening + FAKED.format(body="print('ready', flush=True); __import__('time').sleep(60)")
     with subprocess.Popen(
         command(sleeping, "methods"),
         stdout=subprocess.PIPE,

@@ -24,6 +24,7 @@ from hfcompress.errors import HFCompressError
 from hfcompress.modeling.integrity import verify_files
 from tests.corruption.mutations import CLASSES
 from tests.corruption.originals import Original, load, logits_of
+from tests.forking import fork
 
 MOST_SECONDS = 5.0
 MOST_MEMORY = 1.5
@@ -91,8 +92,8 @@ def judge(folder: Path, original: Original) -> Verdict:
     gc.collect()
     gc.freeze()  # a collection in the child would copy every page
     reading, writing = os.pipe()
-    process = os.fork()
-    if process == 0:
+
+    def tell() -> None:
         os.close(reading)
         resource.setrlimit(resource.RLIMIT_CPU, (int(2 * MOST_SECONDS), int(2 * MOST_SECONDS) + 1))
         try:
@@ -100,7 +101,8 @@ def judge(folder: Path, original: Original) -> Verdict:
         except BaseException as error:  # whatever it is, the judge must hear of it
             said = {"outcome": "UNCLEAN", "detail": repr(error), "seconds": 0.0, "megabytes": 0.0}
         os.write(writing, json.dumps(said).encode())
-        os._exit(0)
+
+    process = fork(tell)
     os.close(writing)
     ready, _, _ = select.select([reading], [], [], 60)
     text = os.read(reading, 1 << 16) if ready else b""

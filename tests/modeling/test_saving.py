@@ -6,7 +6,6 @@ import signal
 import subprocess
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -15,20 +14,9 @@ from safetensors.torch import load_file
 from hfcompress.errors import CheckpointError
 from hfcompress.modeling.checkpoint import replace_directory, save
 from hfcompress.modeling.integrity import verify_files
+from tests.forking import fork
 from tests.modeling.compressed import load, make, outputs
 from tests.workshop import tiny_tokenizer
-
-
-def _child(work: Any) -> int:
-    """Runs `work` in a forked process; returns the process's id."""
-    process = os.fork()
-    if process:
-        return process
-    try:
-        work()
-        os._exit(0)
-    except BaseException:
-        os._exit(1)
 
 
 def test_a_killed_save_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
@@ -44,7 +32,7 @@ def test_a_killed_save_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
 
     generator = torch.Generator().manual_seed(0)
     for _ in range(25):
-        process = _child(save_for_ever)
+        process = fork(save_for_ever)
         time.sleep(0.01 + 0.08 * torch.rand(1, generator=generator).item())
         os.kill(process, signal.SIGKILL)
         os.waitpid(process, 0)
@@ -82,7 +70,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path: Path) -> None:
             return
         raise AssertionError("saved more than there is room for")
 
-    assert os.waitpid(_child(fail), 0)[1] == 0
+    assert os.waitpid(fork(fail), 0)[1] == 0
     assert verify_files(place) == []
     assert torch.equal(outputs(load(place)), outputs(small))
     assert os.listdir(tmp_path) == ["place"]
