@@ -27,8 +27,8 @@ class Context:
     Attributes:
         calibration: Batches of model inputs (with `labels` where a method scores by loss).
         teacher: The model that a distilling part learns from, or several.
-        cache_dir: Where a distilling part may keep what teachers say; runs may share it. By default a folder in
-            the training's output.
+        cache_dir: Where what took long may be kept and found again, such as what teachers say and statistics of
+            calibration data; runs may share it. Without it teachers use a folder in the training's output.
         tokenizer: The model's tokenizer; a method that changes it changes it in place.
         texts: Texts that the tokenizer must cut as before.
     """

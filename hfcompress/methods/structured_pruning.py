@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from hfcompress.configuration import Config
 from hfcompress.errors import CompressionError
 from hfcompress.methods.pruning import importance
+from hfcompress.methods.pruning.latency import latency_target, workload
 from hfcompress.methods.pruning.reconstruction import Reconstruction, reconstruct
 from hfcompress.methods.pruning.search import cubic_share, rearrange
 from hfcompress.methods.pruning.search import select as select
@@ -36,6 +37,11 @@ class StructuredPruningConfig(Config):
         flops: Share of the layers' multiply-adds to remove, counted at 128 tokens, instead of `heads` and
             `neurons`: these then compete by importance per multiply-add.
         parameters: The same for the layers' parameters.
+        latency: Share of the time of a forward pass on this machine to remove, instead: what each block takes at
+            each size is measured first (once; the table is kept beside the run), and what is kept is the most
+            important that fits into the time. Other than every other target it depends on the machine.
+        latency_batch: Examples of the batch that time is measured with.
+        latency_tokens: Their length, where the model reads text.
         importance: How units are ranked. At once: `fisher` and `taylor` by the loss (they need labels),
             `activation` by what they pass on (needs calibration data), `magnitude` by their weights; `auto` is
             `fisher`, `activation` or `magnitude`, the first that the calibration data allows. `fisher` also
@@ -53,6 +59,9 @@ class StructuredPruningConfig(Config):
     neurons: float = Field(0.0, ge=0, lt=1)
     flops: float = Field(0.0, ge=0, lt=1)
     parameters: float = Field(0.0, ge=0, lt=1)
+    latency: float = Field(0.0, ge=0, lt=1)
+    latency_batch: int = Field(8, ge=1, le=4096)
+    latency_tokens: int = Field(128, ge=1, le=1 << 20)
     importance: Literal["auto", "fisher", "taylor", "activation", "magnitude", "movement"] = "auto"
     reconstruct: bool | Literal["auto"] = "auto"
     multiple_of: int = Field(8, ge=1, le=1024)
@@ -62,25 +71,30 @@ class StructuredPruningConfig(Config):
 
     @model_validator(mode="after")
     def _something_to_remove(self) -> Self:
-        named = [name for name in ("flops", "parameters") if getattr(self, name)]
+        named = [name for name in ("flops", "parameters", "latency") if getattr(self, name)]
         if not (self.heads or self.neurons or named):
-            raise ValueError("heads, neurons, flops and parameters are all 0: there is nothing to remove")
-        if len(named) == 2 or (named and (self.heads or self.neurons)):
+            raise ValueError("heads, neurons, flops, parameters and latency are all 0: there is nothing to remove")
+        if len(named) > 1 or (named and (self.heads or self.neurons)):
             raise ValueError(f"{named[0]} is a target of its own: set it alone, or heads and neurons without it")
         if self.begin >= self.end:
             raise ValueError(f"begin ({self.begin}) must be before end ({self.end})")
         return self
 
 
-def _target(model: PreTrainedModel, config: StructuredPruningConfig) -> Target:
-    target = target_of(
-        model,
-        heads=config.heads,
-        neurons=config.neurons,
-        flops=config.flops,
-        parameters=config.parameters,
-        multiple_of=config.multiple_of,
-    )
+def _target(model: PreTrainedModel, config: StructuredPruningConfig, context: Context) -> Target:
+    if config.latency:
+        inputs = workload(model, config.latency_batch, config.latency_tokens, context.calibration)
+        tables = context.cache_dir / "pruning" if context.cache_dir else None
+        target: Target = latency_target(model, config.latency, config.multiple_of, inputs, tables)
+    else:
+        target = target_of(
+            model,
+            heads=config.heads,
+            neurons=config.neurons,
+            flops=config.flops,
+            parameters=config.parameters,
+            multiple_of=config.multiple_of,
+        )
     target.require_reachable()
     return target
 
@@ -100,7 +114,7 @@ def _shrink(
             each.assign(made.fits[position].weight, made.fits[position].bias)
     commit(model)
     after = total_cost([Units(each.block) for each in units], "flops")
-    return findings | {"flops_removed": round(1 - after / before, 4)}
+    return findings | target.findings(kept) | {"flops_removed": round(1 - after / before, 4)}
 
 
 # At once
@@ -127,14 +141,15 @@ def structured_pruning(model: PreTrainedModel, config: StructuredPruningConfig, 
     if ranking == "auto":
         ranking = "fisher" if labelled else "activation" if context.calibration else "magnitude"
     _require_data(ranking, config, context, labelled)
-    target = _target(model, config)
+    target = _target(model, config, context)
     gradients: list[torch.Tensor] = []
     if ranking == "magnitude":
         scores = [importance.magnitude(each) for each in target.units]
     elif ranking == "activation":
         scores = importance.output_energies(model, target.units, context.calibration)
     else:
-        gradients = importance.mask_gradients(model, target.units, context.calibration)
+        folder = context.cache_dir / "pruning" if context.cache_dir else None
+        gradients = importance.kept_gradients(model, target.units, context.calibration, folder)
         scores = [getattr(importance, ranking)(each) for each in gradients]
     target.require_telling(scores)
     kept = target.choose(scores)
@@ -173,18 +188,19 @@ class PruningPart(Part):
         CompressionError: The config's importance cannot be had in training.
     """
 
-    def __init__(self, config: StructuredPruningConfig) -> None:
+    def __init__(self, config: StructuredPruningConfig, context: Context | None = None) -> None:
         if config.importance in ("activation", "fisher"):
             raise CompressionError(
                 f"importance '{config.importance}' exists only without training",
                 hint="In training choose 'taylor', 'movement' or 'magnitude'; 'auto' is 'taylor'.",
             )
         self.config = config
+        self._context = context or Context()
         self._handles: list[Any] = []
 
     def begin(self, model: PreTrainedModel, total_steps: int, device: torch.device) -> None:
         """Puts an open mask before every output projection."""
-        self._target = _target(model, self.config)
+        self._target = _target(model, self.config, self._context)
         self._first, self._last = int(self.config.begin * total_steps), int(self.config.end * total_steps)
         groups = self._target.groups
         self._scores = {
@@ -265,6 +281,6 @@ register(
         config=StructuredPruningConfig,
         summary="Removes attention heads and FFN neurons, at once or gradually in training.",
         apply=structured_pruning,
-        part=lambda config, context: PruningPart(config),
+        part=PruningPart,
     )
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 
@@ -87,6 +88,50 @@ def select_by_cost(
         counts[index] += size
         spent += price
     return [order[:count].sort().values for (order, _), count in zip(ranked, counts, strict=True)]
+
+
+def keep_the_best(scores: torch.Tensor, count: int) -> torch.Tensor:
+    """Returns the `count` most important of a layer's units, int64, ascending."""
+    return torch.argsort(scores, descending=True, stable=True)[:count].sort().values
+
+
+def knapsack(losses: Sequence[np.ndarray], prices: Sequence[np.ndarray], budget: float, bins: int = 4000) -> list[int]:
+    """Takes one choice of each group, so that all together cost at most a budget and lose least.
+
+    Dynamic programming over the budget in `bins` equal parts; prices are rounded up, so that the budget holds.
+
+    Args:
+        losses: For each group what each choice loses, `(choices,)`.
+        prices: For each group what each choice costs, `(choices,)`.
+        budget: What the choices may cost together.
+        bins: Parts of the budget.
+
+    Returns:
+        For each group the index of the choice; where nothing fits, of the cheapest.
+    """
+    cheapest = [int(price.argmin()) for price in prices]
+    if budget <= 0:
+        return cheapest
+    best = np.zeros(bins + 1)  # the least loss of the groups so far, by what may be spent
+    taken: list[np.ndarray] = []
+    sizes = [np.ceil(price / budget * bins - 1e-9).astype(int).clip(0) for price in prices]
+    for loss, size in zip(losses, sizes, strict=True):
+        after, pick = np.full(bins + 1, np.inf), np.zeros(bins + 1, dtype=int)
+        for choice in np.flatnonzero(size <= bins):
+            reached = np.full(bins + 1, np.inf)
+            reached[size[choice] :] = best[: bins + 1 - size[choice]] + loss[choice]
+            better = reached < after
+            after[better], pick[better] = reached[better], choice
+        best = after
+        taken.append(pick)
+    if not np.isfinite(best[bins]):
+        return cheapest
+    chosen: list[int] = []
+    left = bins
+    for pick, size in zip(reversed(taken), reversed(sizes), strict=True):
+        chosen.append(int(pick[left]))
+        left -= int(size[chosen[-1]])
+    return chosen[::-1]
 
 
 def rearrange(gradients: torch.Tensor, kept: torch.Tensor, passes: int = 3) -> torch.Tensor:

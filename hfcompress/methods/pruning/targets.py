@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -46,6 +47,10 @@ class Target(ABC):
     @abstractmethod
     def require_reachable(self) -> None:
         """Raises CompressionError where more is asked than can go: a block of units stays in every layer."""
+
+    def findings(self, kept: Sequence[torch.Tensor]) -> dict[str, Any]:
+        """Returns what the target has to say of a choice."""
+        return {}
 
     def require_telling(self, scores: Sequence[torch.Tensor]) -> None:
         """Raises CompressionError where scores are not finite, or the same for all units of a kind."""

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from hfcompress.errors import CompressionError
+from hfcompress.methods.digests import feed, model_digest
 from hfcompress.methods.resuming import digest
 from hfcompress.methods.teaching.cache import META, Layout, TeacherCache, shard_file, state_name
 from hfcompress.methods.teaching.signals import Asked, at_place, is_token_level, run_teacher, token_mask
@@ -32,17 +33,6 @@ _NOT_INPUTS = {"labels", "label", "label_ids", EXAMPLE_ID}
 # Keys
 
 
-def teacher_digest(model: PreTrainedModel) -> str:
-    """Returns a digest of a live model's class, config and weights, whatever their precision."""
-    hasher = hashlib.sha256()
-    config = {k: v for k, v in model.config.to_dict().items() if k not in ("_name_or_path", "transformers_version")}
-    hasher.update(json.dumps([type(model).__name__, config], sort_keys=True, default=str).encode())
-    for name, value in sorted(model.state_dict().items()):
-        hasher.update(name.encode())
-        _feed(hasher, value)
-    return hasher.hexdigest()
-
-
 def scan(rows: Rows, *, with_labels: bool) -> tuple[str, list[int]]:
     """Returns a digest of the rows' inputs (and of the first ones as they are collated), and the rows' lengths.
 
@@ -54,27 +44,14 @@ def scan(rows: Rows, *, with_labels: bool) -> tuple[str, list[int]]:
     for row in rows:
         for name in sorted(set(row) - left_out):
             hasher.update(name.encode())
-            _feed(hasher, row[name])
+            feed(hasher, row[name])
         own = row["labels"] if with_labels else row.get("input_ids", ())
         lengths.append(sum(label != -100 for label in own) if with_labels else len(own))
     for name, value in sorted(_repeatable(rows).items()):
         if name not in left_out:
             hasher.update(name.encode())
-            _feed(hasher, value)
+            feed(hasher, value)
     return hasher.hexdigest(), lengths
-
-
-def _feed(hasher: Any, value: Any) -> None:
-    if isinstance(value, torch.Tensor):
-        flat = value.detach().cpu().contiguous().reshape(-1)
-        hasher.update(f"{value.dtype}{tuple(value.shape)}".encode())
-        hasher.update(flat.view(torch.uint8).numpy().data)
-    else:
-        hasher.update(json.dumps(value, default=_plain).encode())
-
-
-def _plain(value: Any) -> Any:
-    return value.tolist() if hasattr(value, "tolist") else repr(value)
 
 
 def _repeatable(rows: Rows) -> dict[str, Any]:
@@ -147,7 +124,7 @@ def fill(
     layout = _look(teacher, asked, rows, lengths, top_k)
     key = {
         "format": FORMAT,
-        "teacher": teacher_digest(teacher),
+        "teacher": model_digest(teacher),
         "rows": rows_key,
         "temperature": temperature if top_k else None,
         "autocast": _autocast_dtype(rows),

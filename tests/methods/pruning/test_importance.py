@@ -1,10 +1,14 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from hfcompress.errors import CompressionError
 from hfcompress.methods.pruning import importance
+from hfcompress.methods.pruning.importance import kept_gradients, mask_gradients
 from hfcompress.methods.pruning.units import head_units, masking, neuron_units
 from tests.tiny_models import inputs_for, make
 from tests.workshop import batches, tiny_classifier
@@ -65,3 +69,21 @@ def test_a_model_without_a_loss_is_refused() -> None:
     model = make("bert", "")
     with pytest.raises(CompressionError, match="no loss"):
         importance.mask_gradients(model, head_units(model), [inputs_for("bert", "")])
+
+
+def test_gradients_are_taken_once_for_the_same_model_and_data(tmp_path: Path) -> None:
+    model, data = tiny_classifier(), batches(2)
+    units = [*head_units(model), *neuron_units(model)]
+    first = kept_gradients(model, units, data, tmp_path)
+    assert all(map(torch.equal, first, mask_gradients(model, units, data)))
+    (file,) = tmp_path.iterdir()
+    stored = load_file(file)
+    save_file({name: value + 1 for name, value in stored.items()}, file)
+    # A part of the units finds its own by name.
+    again = kept_gradients(model, units[1:], data, tmp_path)
+    assert all(torch.equal(now, was + 1) for now, was in zip(again, first[1:], strict=True))
+    with torch.no_grad():
+        model.classifier.weight.mul_(2)
+    assert not torch.equal(kept_gradients(model, units, data, tmp_path)[0], first[0] + 1)
+    kept_gradients(model, units, batches(2, seed=5), tmp_path)
+    assert len(list(tmp_path.iterdir())) == 3

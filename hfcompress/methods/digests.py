@@ -1,0 +1,39 @@
+"""What a stored intermediate result was made from, in one number: it is used again for the very same only."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+
+# Where it comes from, who wrote it, and what a first forward pass with labels sets.
+_NOT_THE_MODEL = ("_name_or_path", "transformers_version", "problem_type")
+
+
+def model_digest(model: PreTrainedModel) -> str:
+    """Returns a digest of a live model's class, config and weights, whatever their precision."""
+    hasher = hashlib.sha256()
+    config = {k: v for k, v in model.config.to_dict().items() if k not in _NOT_THE_MODEL}
+    hasher.update(json.dumps([type(model).__name__, config], sort_keys=True, default=str).encode())
+    for name, value in sorted(model.state_dict().items()):
+        hasher.update(name.encode())
+        feed(hasher, value)
+    return hasher.hexdigest()
+
+
+def feed(hasher: Any, value: Any) -> None:
+    """Takes a tensor with its type and shape, or any JSON-like value, into a `hashlib` hasher."""
+    if isinstance(value, torch.Tensor):
+        flat = value.detach().cpu().contiguous().reshape(-1)
+        hasher.update(f"{value.dtype}{tuple(value.shape)}".encode())
+        hasher.update(flat.view(torch.uint8).numpy().data)
+    else:
+        hasher.update(json.dumps(value, default=_plain).encode())
+
+
+def _plain(value: Any) -> Any:
+    return value.tolist() if hasattr(value, "tolist") else repr(value)
