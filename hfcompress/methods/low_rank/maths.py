@@ -13,6 +13,8 @@ Factors = tuple[torch.Tensor, torch.Tensor]
 # How far `retarget` trusts the calibration inputs: the part of their mean energy that is added to every direction.
 _RETARGET_RIDGE = 0.01
 _REFIT_RIDGE = 1e-6
+# Below this share of the largest, a squared singular value that a Gram matrix gives is not trusted.
+_GRAM_DIGITS = 1e-7
 
 
 def truncate(weight: torch.Tensor, rank: int, second_moment: torch.Tensor | None = None) -> Factors:
@@ -37,20 +39,43 @@ def truncate(weight: torch.Tensor, rank: int, second_moment: torch.Tensor | None
     """
     require_finite(weight, second_moment)
     # W R = U s Vᵀ for any R with R Rᵀ = S, so the best product is U_r U_rᵀ W: no inverse is ever needed.
-    up = torch.linalg.svd(_whitened(weight, second_moment), full_matrices=False).U[:, :rank]
+    up = _left_vectors(_whitened(weight, second_moment), rank)
     return balance(up, up.T @ weight.double())
 
 
 def energies(weight: torch.Tensor, second_moment: torch.Tensor | None = None) -> torch.Tensor:
     """Returns the squared singular values of the whitened matrix, float64 and descending.
 
-    The sum of those beyond a rank is the error of `truncate` at that rank.
+    The sum of those beyond a rank is the error of `truncate` at that rank. They are exact to some 1e-13 of the
+    largest.
 
     Raises:
         CompressionError: The weight or the moments are not finite.
     """
     require_finite(weight, second_moment)
-    return torch.linalg.svdvals(_whitened(weight, second_moment)).square()
+    matrix = _whitened(weight, second_moment)
+    return torch.linalg.eigvalsh(_gram(matrix)).flip(0).clamp_min(0)
+
+
+def _left_vectors(matrix: torch.Tensor, rank: int) -> torch.Tensor:
+    """Returns the first `rank` left singular vectors of a float64 matrix, `(out, rank)`.
+
+    Eigenvectors of the smaller Gram matrix are these, two to six times sooner than by a singular value
+    decomposition, but squaring halves the digits: where what is cut off is no more than rounding, or a vector that
+    is kept is, the decomposition itself is taken.
+    """
+    squares, vectors = torch.linalg.eigh(_gram(matrix))
+    squares, vectors = squares.flip(0), vectors.flip(1)[:, :rank]
+    tail = squares[rank:].clamp_min(0).sum()
+    if tail <= _GRAM_DIGITS * squares[0] or squares[:rank][-1] <= _GRAM_DIGITS * squares[0] / len(squares):
+        return torch.linalg.svd(matrix, full_matrices=False).U[:, :rank]
+    wide = matrix.shape[0] <= matrix.shape[1]
+    return vectors if wide else matrix @ (vectors / squares[:rank].sqrt())
+
+
+def _gram(matrix: torch.Tensor) -> torch.Tensor:
+    """Returns the matrix times its transpose, in the order that gives the smaller product."""
+    return matrix @ matrix.T if matrix.shape[0] <= matrix.shape[1] else matrix.T @ matrix
 
 
 def _whitened(weight: torch.Tensor, second_moment: torch.Tensor | None) -> torch.Tensor:
