@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from pydantic import Field
@@ -13,10 +13,10 @@ from transformers.pytorch_utils import Conv1D
 from hfcompress.configuration import Config
 from hfcompress.errors import CompressionError
 from hfcompress.methods.registry import Context, Method, register
-from hfcompress.modeling.anatomy import base_model, embedding_paths, linear_layers, modules_of, tied_to
+from hfcompress.modeling.anatomy import base_model, linear_layers, modules_of
 from hfcompress.modeling.checkpoint import commit
 from hfcompress.modeling.layers.bitsandbytes import Kind, kind_of, quantize_linear
-from hfcompress.modeling.layers.quantized_embedding import Bits, QuantizedEmbedding
+from hfcompress.modeling.tables import TableKind, plan_tables, quantize_tables
 
 
 class QuantizationConfig(Config):
@@ -27,7 +27,8 @@ class QuantizationConfig(Config):
             too), or None to leave them as they are. Task heads stay in float.
         attention: The same for attention alone, over `weights`.
         ffn: The same for feed-forward blocks alone, over `weights`.
-        embeddings: Embedding tables: `int8`, `int4`, or None.
+        embeddings: Embedding tables: `int8`, `int4`, or None. An output layer that is tied to a table reads the
+            quantized one.
         embedding_group_size: How many neighbours in a row of a table share a scale; None for a whole row of
             8-bit numbers and 32 of 4-bit ones.
     """
@@ -35,7 +36,7 @@ class QuantizationConfig(Config):
     weights: Kind | None = "int8"
     attention: Kind | None = None
     ffn: Kind | None = None
-    embeddings: Literal["int8", "int4"] | None = "int8"
+    embeddings: TableKind | None = "int8"
     embedding_group_size: int | None = Field(None, ge=8)
 
 
@@ -51,8 +52,8 @@ def quantization(model: PreTrainedModel, config: QuantizationConfig, context: Co
         How many layers of each kind there are, and the linear layers left in float.
 
     Raises:
-        CompressionError: The model is quantized already, an embedding is tied to the output layer, or a group
-            does not divide an embedding's width.
+        CompressionError: The model is quantized already, an embedding is tied to other modules than its class says,
+            or a group does not divide an embedding's width.
         MissingBackendError: bitsandbytes is not installed.
     """
     base = base_model(model)
@@ -62,13 +63,11 @@ def quantization(model: PreTrainedModel, config: QuantizationConfig, context: Co
             f"the model is quantized already ({done[0]} is {kind_of(base.get_submodule(done[0]))})",
             hint="Start from the float checkpoint.",
         )
-    tables = _tables(model, config)
+    tables = plan_tables(model, config.embeddings, config.embedding_group_size)
     kinds = _kinds(model, config)
     for path, kind in kinds.items():
         base.set_submodule(path, quantize_linear(_as_linear(base.get_submodule(path)), kind))
-    for path, (bits, group_size) in tables.items():
-        table = base.get_submodule(path)
-        base.set_submodule(path, QuantizedEmbedding.from_float(table, bits=bits, group_size=group_size))  # type: ignore[arg-type]
+    quantize_tables(model, tables)
     commit(model)
     in_float = [name for name, module in model.named_modules() if type(module) is nn.Linear]
     counted: dict[str, int] = {}
@@ -106,36 +105,6 @@ def _kinds(model: PreTrainedModel, config: QuantizationConfig) -> dict[str, Kind
         # A low-rank layer is its two factors.
         kinds |= {name: kind for name in linears if any(name == path or name.startswith(f"{path}.") for path in paths)}
     return kinds
-
-
-def _tables(model: PreTrainedModel, config: QuantizationConfig) -> dict[str, tuple[Bits, int]]:
-    if config.embeddings is None:
-        return {}
-    base = base_model(model)
-    bits: Bits = 8 if config.embeddings == "int8" else 4
-    tables: dict[str, tuple[Bits, int]] = {}
-    for path in embedding_paths(model):
-        table = base.get_submodule(path)
-        if isinstance(table, QuantizedEmbedding):
-            continue
-        tied = tied_to(model, path)
-        if tied:
-            raise CompressionError(
-                f"{path} is tied to {', '.join(tied)} and cannot be quantized alone",
-                hint="Set embeddings: null.",
-            )
-        if type(table) is not nn.Embedding:
-            raise CompressionError(
-                f"{path} is a {type(table).__name__}, which does more than look up", hint="Set embeddings: null."
-            )
-        width = table.embedding_dim
-        group_size = config.embedding_group_size or (width if bits == 8 or width % 32 else 32)
-        if width % group_size or (bits == 4 and width % 2):
-            raise CompressionError(
-                f"embedding_group_size must divide {width}, the width of {path}, not be {group_size}"
-            )
-        tables[path] = (bits, group_size)
-    return tables
 
 
 register(

@@ -24,6 +24,7 @@ from hfcompress.modeling.architectures import Projection, architectures
 from hfcompress.modeling.layers.bitsandbytes import dequantize, kind_of
 from hfcompress.modeling.layers.low_rank import LowRankLinear
 from hfcompress.modeling.layers.quantized_embedding import QuantizedEmbedding
+from hfcompress.modeling.layers.tied import LowRankEmbedding, TiedLookup, TiedOutput
 from hfcompress.modeling.placement import require_inside
 from hfcompress.modeling.saving import save
 
@@ -45,6 +46,7 @@ _COMPANIONS = (
 )
 
 Tensors = dict[str, torch.Tensor]
+_COMPRESSED = (LowRankLinear, QuantizedEmbedding, LowRankEmbedding, TiedLookup, TiedOutput)
 
 
 def densify(directory: Path | str, out: Path | str) -> None:
@@ -137,12 +139,16 @@ def _plain_tensors(model: PreTrainedModel, twin: PreTrainedModel) -> Tensors:
     """Returns the model's tensors by stock names, floats again, still without what was cut off."""
     made: Tensors = {}
     inside: list[str] = []
+    weights: dict[int, torch.Tensor] = {}
     for name, module in model.named_modules():
         if any(name.startswith(f"{parent}.") for parent in inside):
             continue
-        if isinstance(module, (LowRankLinear, QuantizedEmbedding)) or kind_of(module) is not None:
+        if isinstance(module, _COMPRESSED) or kind_of(module) is not None:
             inside.append(name)
-            weight = _float_weight(module).to(model.dtype)
+            read = module.table if isinstance(module, (TiedLookup, TiedOutput)) else module
+            if id(read) not in weights:  # what is tied stays so
+                weights[id(read)] = _float_weight(read).to(model.dtype)
+            weight = weights[id(read)]
             transposed = isinstance(twin.get_submodule(name), Conv1D)
             made[f"{name}.weight"] = (weight.T if transposed else weight).contiguous()
             bias = module.up.bias if isinstance(module, LowRankLinear) else getattr(module, "bias", None)
@@ -161,8 +167,8 @@ def _float_weight(module: Any) -> torch.Tensor:
     if isinstance(module, LowRankLinear):
         up, down = _float_weight(module.up), _float_weight(module.down)
         return (up.double() @ down.double()).float()
-    if isinstance(module, QuantizedEmbedding):
-        return module(torch.arange(module.num_embeddings, device=module.codes.device))
+    if isinstance(module, (QuantizedEmbedding, LowRankEmbedding)):
+        return module.dense()
     return module.weight.detach() if kind_of(module) is None else dequantize(module)
 
 

@@ -13,6 +13,7 @@ from hfcompress.errors import CheckpointError
 
 # The format's own limit.
 _MOST_HEADER_BYTES = 100_000_000
+_ENTRY = {"dtype", "shape", "data_offsets"}
 _BITS = {
     "BOOL": 8,
     "U8": 8,
@@ -105,7 +106,7 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _entry(name: str, value: Any, begin: int) -> Entry:
-    if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
+    if not isinstance(value, dict) or value.keys() != _ENTRY:
         raise ValueError(f"{name} must hold dtype, shape and data_offsets")
     shape, offsets = value["shape"], value["data_offsets"]
     numbers = [*shape, *offsets] if isinstance(shape, list) and isinstance(offsets, list) else [-1]

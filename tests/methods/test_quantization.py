@@ -8,6 +8,7 @@ from hfcompress import QuantizationConfig, compress
 from hfcompress.errors import CompressionError, ConfigError
 from hfcompress.modeling.layers.bitsandbytes import kind_of
 from hfcompress.modeling.layers.quantized_embedding import QuantizedEmbedding
+from hfcompress.modeling.layers.tied import TiedOutput
 from tests.workshop import batches, logits, tiny_classifier
 
 
@@ -43,12 +44,11 @@ def test_findings_name_what_stays_in_float() -> None:
     assert found["linear_layers"] == {"int8": 13}
 
 
-def test_a_tied_embedding_is_refused_before_anything_changes() -> None:
+def test_an_output_layer_that_is_tied_reads_the_quantized_table() -> None:
     config = BertConfig(vocab_size=50, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64)
-    model = BertForMaskedLM(config)
-    with pytest.raises(CompressionError, match="tied"):
-        compress(model, [QuantizationConfig()])
-    assert not any(kind_of(module) for module in model.modules())
+    model = compress(BertForMaskedLM(config).eval(), [QuantizationConfig()])
+    head = model.get_output_embeddings()
+    assert isinstance(head, TiedOutput) and head.table is model.get_input_embeddings()
 
 
 def test_twice_is_refused() -> None:

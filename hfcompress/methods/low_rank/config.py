@@ -17,7 +17,7 @@ class LowRankConfig(Config):
 
     Attributes:
         targets: Roles of the layers: `attention` and `ffn`, or single projections. `linear` is every linear layer
-            of the base model, in any family.
+            of the base model, in any family. None at all only where `embeddings` is given.
         keep: Share of the parameters that every target keeps; 0.5 where nothing else is said.
         rank: The rank of every target.
         energy: Share of the squared singular values (with `whitened` of those of the whitened matrix) that every
@@ -33,6 +33,10 @@ class LowRankConfig(Config):
             `whitened` is fitted already.
         correct_bias: Biases take over the mean of each layer's error on the calibration data, and `whitened` fits
             the rest. Layers without a bias stay without.
+        embeddings: Share of its parameters that the token table keeps; None leaves it whole. An output layer that
+            is tied to the table reads the factors, and with `whitened` and calibration data they are fitted to its
+            scores; else they are those of plain singular values, which costs a language model far more. The table
+            is no part of `targets`, `rank`, `energy` or a budget.
         sensitivity: What `budget` goes by: how far the model's `outputs` move, or the rise of the `loss` on labels,
             which is noisier: a model that knows its training texts hardly loses on them.
         sensitivity_batches: How many calibration batches `budget` measures on.
@@ -40,7 +44,7 @@ class LowRankConfig(Config):
             down, and with `energy` up.
     """
 
-    targets: tuple[Target, ...] = Field(("attention", "ffn"), strict=False, min_length=1)
+    targets: tuple[Target, ...] = Field(("attention", "ffn"), strict=False)
     keep: float | None = Field(0.5, gt=0, lt=1)
     rank: int | None = Field(None, ge=1)
     energy: float | None = Field(None, gt=0, lt=1)
@@ -49,6 +53,7 @@ class LowRankConfig(Config):
     sequential: bool = False
     refit: bool = False
     correct_bias: bool = False
+    embeddings: float | None = Field(None, gt=0, lt=1)
     sensitivity: Literal["outputs", "loss"] = "outputs"
     sensitivity_batches: int = Field(2, ge=1)
     multiple_of: int = Field(8, ge=1, le=256)
@@ -66,6 +71,8 @@ class LowRankConfig(Config):
         if len(given) != 1:
             said = " and ".join(given) or "none"
             raise ValueError(f"exactly one of {', '.join(_SIZES)} must be given, not {said}")
+        if not self.targets and self.embeddings is None:
+            raise ValueError("targets must name a role where embeddings is not given")
         if self.sequential and self.method not in ("auto", "whitened"):
             raise ValueError(f"sequential goes with the method whitened, not {self.method}")
         return self

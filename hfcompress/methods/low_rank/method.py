@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from hfcompress.errors import CompressionError
 from hfcompress.methods.low_rank import maths
 from hfcompress.methods.low_rank.config import LowRankConfig
+from hfcompress.methods.low_rank.embeddings import factorize_table, score_moment, token_table
 from hfcompress.methods.low_rank.ranks import Curve, allocate, is_smaller, rank_for, rank_of_energy
 from hfcompress.methods.low_rank.sensitivity import Probe, measure
 from hfcompress.methods.registry import Batch, Context
@@ -126,6 +127,10 @@ def low_rank(model: PreTrainedModel, config: LowRankConfig, context: Context) ->
     Raises:
         CompressionError: A target is quantized or not finite, or calibration data is missing.
     """
+    if config.embeddings is not None:
+        token_table(model)  # refuses before anything is done
+    weighs = config.embeddings is not None and config.method in ("auto", "whitened")
+    moment = score_moment(model, context.calibration) if weighs else None
     layers, done = float_layers(model, config)
     method = config.method
     if method == "auto":
@@ -138,9 +143,11 @@ def low_rank(model: PreTrainedModel, config: LowRankConfig, context: Context) ->
     else:
         for path, rank in plan.items():
             factorize_layer(model, path, rank, config, knowledge)
+    findings: dict[str, Any] = {"method": method, "ranks": plan}
+    if config.embeddings is not None:
+        findings["embeddings"] = factorize_table(model, config.embeddings, config.multiple_of, moment)
     commit(model)
-    whole = [*done, *(path for path, rank in ranks.items() if rank is None)]
-    findings = {"method": method, "ranks": plan, "left_whole": whole}
+    findings["left_whole"] = [*done, *(path for path, rank in ranks.items() if rank is None)]
     return findings | ({"sensitivity": measured} if measured else {})
 
 

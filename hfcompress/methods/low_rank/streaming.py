@@ -22,6 +22,7 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 
 from hfcompress.errors import CheckpointError, CompressionError, RunFolderError
 from hfcompress.methods.low_rank.config import LowRankConfig
+from hfcompress.methods.low_rank.embeddings import factorize_table, token_table
 from hfcompress.methods.low_rank.method import Knowledge, choose_ranks, factorize_layer, float_layers
 from hfcompress.modeling.anatomy import base_model
 from hfcompress.modeling.checkpoint import commit, save
@@ -70,6 +71,8 @@ def stream_factorize(
         raise RunFolderError(f"{out} is not empty", hint="Choose a new folder.")
     out.parent.mkdir(parents=True, exist_ok=True)
     model = mapped_model(source)
+    if config.embeddings is not None:
+        token_table(model)
     knowledge = Knowledge(method="nmf" if config.method == "nmf" else "svd")
     layers, _ = float_layers(model, config)
     ranks, _ = choose_ranks(model, layers, config, knowledge, ())
@@ -80,12 +83,14 @@ def stream_factorize(
             factorize_layer(model, path, rank, config, knowledge)
             _spill(base_model(model).get_submodule(path), scratch / f"{number}.safetensors")
             _give_back_memory()
+        table = {} if config.embeddings is None else factorize_table(model, config.embeddings, config.multiple_of)
         commit(model)
         save(model, out, max_shard_size=max_shard_size)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     whole = [path for path, rank in ranks.items() if rank is None]
-    return {"method": knowledge.method, "ranks": plan, "left_whole": whole}
+    findings = {"method": knowledge.method, "ranks": plan, "left_whole": whole}
+    return findings | ({"embeddings": table} if table else {})
 
 
 def _require_no_data_needed(config: LowRankConfig) -> None:

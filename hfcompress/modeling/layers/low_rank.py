@@ -6,6 +6,19 @@ import torch
 from torch import nn
 
 
+def _on_meta(
+    in_features: int, out_features: int, *, bias: bool, device: torch.device | None, dtype: torch.dtype | None
+) -> nn.Linear:
+    """Makes a linear layer without drawing random values for it: on `meta` that takes most of the time."""
+    linear = nn.Linear.__new__(nn.Linear)
+    nn.Module.__init__(linear)
+    linear.in_features, linear.out_features = in_features, out_features
+    linear.weight = nn.Parameter(torch.empty(out_features, in_features, device=device, dtype=dtype))
+    vector = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
+    linear.register_parameter("bias", vector)
+    return linear
+
+
 class LowRankLinear(nn.Module):
     """Computes `up(down(x))`: a linear layer whose weight is `up.weight @ down.weight`.
 
@@ -36,8 +49,9 @@ class LowRankLinear(nn.Module):
     ) -> None:
         super().__init__()
         self.transposed = transposed
-        self.down = nn.Linear(in_features, rank, bias=False, device=device, dtype=dtype)
-        self.up = nn.Linear(rank, out_features, bias=bias, device=device, dtype=dtype)
+        make = _on_meta if device is not None and device.type == "meta" else nn.Linear
+        self.down = make(in_features, rank, bias=False, device=device, dtype=dtype)
+        self.up = make(rank, out_features, bias=bias, device=device, dtype=dtype)
         self.register_buffer("weight", torch.zeros(1, device=device, dtype=dtype))
 
     @property

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 Bits = Literal[4, 8]
+_ROWS_AT_ONCE = 8192  # bounds the floats that an output layer needs at a time
 
 
 def quantize_rows(table: torch.Tensor, bits: Bits, group_size: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -75,6 +76,7 @@ class QuantizedEmbedding(nn.Module):
         embedding_dim: Columns.
         bits: 8 or 4.
         group_size: How many neighbours in a row share a scale; divides `embedding_dim`.
+        scale: What looked up rows are multiplied by, as some families do.
         device: Where the buffers are made.
         dtype: The dtype of what is looked up.
     """
@@ -90,6 +92,7 @@ class QuantizedEmbedding(nn.Module):
         *,
         bits: Bits,
         group_size: int,
+        scale: float = 1.0,
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -98,6 +101,7 @@ class QuantizedEmbedding(nn.Module):
         self.embedding_dim = embedding_dim
         self.bits: Bits = bits
         self.group_size = group_size
+        self.scale = scale
         shape, stored = (
             ((num_embeddings, embedding_dim), torch.int8)
             if bits == 8
@@ -109,25 +113,49 @@ class QuantizedEmbedding(nn.Module):
         self.register_buffer("weight", torch.zeros(1, device=device, dtype=dtype))
 
     @classmethod
-    def from_float(cls, embedding: nn.Embedding, *, bits: Bits, group_size: int) -> QuantizedEmbedding:
+    def from_float(
+        cls, embedding: nn.Embedding, *, bits: Bits, group_size: int, scale: float = 1.0
+    ) -> QuantizedEmbedding:
         """Quantizes an embedding's table; the embedding itself is left as it was."""
         table = embedding.weight.detach()
-        rows, columns = table.shape
-        made = cls(rows, columns, bits=bits, group_size=group_size, device=table.device, dtype=table.dtype)
+        form = {"bits": bits, "group_size": group_size, "scale": scale}
+        made = cls(*table.shape, **form, device=table.device, dtype=table.dtype)
         codes, scales = quantize_rows(table, bits, group_size)
         made.codes.copy_(codes if bits == 8 else pack_nibbles(codes))
         made.scales.copy_(scales)
         return made
 
-    def forward(self, indices: torch.Tensor) -> torch.Tensor:
-        """Looks up integer `indices` of any shape; returns `(*indices.shape, embedding_dim)`."""
-        codes = self.codes[indices]
-        if self.bits == 4:
-            codes = unpack_nibbles(codes)
-        scales = self.scales[indices]
-        grouped = codes.unflatten(-1, (scales.shape[-1], -1)).to(scales.dtype)
+    def lookup(self, indices: torch.Tensor) -> torch.Tensor:
+        """Returns the rows at integer `indices` of any shape, unscaled."""
+        return self._floats(self.codes[indices], self.scales[indices])
+
+    def project(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Returns the products of `(..., embedding_dim)` with every row, `(..., num_embeddings)`."""
+        scores = []
+        for codes, scales in zip(self.codes.split(_ROWS_AT_ONCE), self.scales.split(_ROWS_AT_ONCE), strict=True):
+            if scales.shape[-1] == 1:  # one for a row: it scales the score, which is less work than the row
+                whole = nn.functional.linear(hidden, self._integers(codes).to(hidden.dtype))
+                scores.append(whole * scales.T.to(hidden.dtype))
+            else:
+                scores.append(nn.functional.linear(hidden, self._floats(codes, scales)))
+        return torch.cat(scores, dim=-1)
+
+    def dense(self) -> torch.Tensor:
+        """Returns the float table, `(num_embeddings, embedding_dim)`."""
+        return self._floats(self.codes, self.scales)
+
+    def _integers(self, codes: torch.Tensor) -> torch.Tensor:
+        return unpack_nibbles(codes) if self.bits == 4 else codes
+
+    def _floats(self, codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+        grouped = self._integers(codes).unflatten(-1, (scales.shape[-1], -1)).to(scales.dtype)
         # The sentinel carries the dtype that the model computes in.
         return (grouped * scales.unsqueeze(-1)).flatten(-2).to(self.weight.dtype)
+
+    def forward(self, indices: torch.Tensor) -> torch.Tensor:
+        """Looks up integer `indices` of any shape; returns `(*indices.shape, embedding_dim)`."""
+        rows = self.lookup(indices)
+        return rows if self.scale == 1.0 else rows * self.scale
 
     def extra_repr(self) -> str:
         """Shows shape and precision."""
