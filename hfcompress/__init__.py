@@ -16,11 +16,13 @@ if TYPE_CHECKING:
     from hfcompress.methods.layer_dropping import LayerDroppingConfig
     from hfcompress.methods.low_rank import LowRankConfig
     from hfcompress.methods.quantization import QuantizationConfig
+    from hfcompress.methods.quantization_aware import QuantizationAwareConfig
     from hfcompress.methods.structured_pruning import StructuredPruningConfig
     from hfcompress.methods.trainer import DistillationTrainer, PruningTrainer
     from hfcompress.methods.training import TrainingConfig
     from hfcompress.methods.unstructured_pruning import UnstructuredPruningConfig
     from hfcompress.methods.vocabulary import VocabularyConfig
+    from hfcompress.modeling.adapters import lora_targets
 
 __version__ = version("hfcompress")
 
@@ -30,6 +32,7 @@ _HOMES = {
     "compress": "hfcompress.methods",
     "DistillationConfig": "hfcompress.methods.distillation",
     "LowRankConfig": "hfcompress.methods.low_rank",
+    "QuantizationAwareConfig": "hfcompress.methods.quantization_aware",
     "QuantizationConfig": "hfcompress.methods.quantization",
     "LayerDroppingConfig": "hfcompress.methods.layer_dropping",
     "UnstructuredPruningConfig": "hfcompress.methods.unstructured_pruning",
@@ -38,6 +41,7 @@ _HOMES = {
     "DistillationTrainer": "hfcompress.methods.trainer",
     "PruningTrainer": "hfcompress.methods.trainer",
     "TrainingConfig": "hfcompress.methods.training",
+    "lora_targets": "hfcompress.modeling.adapters",
 }
 
 __all__ = [
@@ -46,12 +50,14 @@ __all__ = [
     "LayerDroppingConfig",
     "LowRankConfig",
     "PruningTrainer",
+    "QuantizationAwareConfig",
     "QuantizationConfig",
     "StructuredPruningConfig",
     "TrainingConfig",
     "UnstructuredPruningConfig",
     "VocabularyConfig",
     "compress",
+    "lora_targets",
 ]
 
 

@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrai
 from hfcompress import (
     LayerDroppingConfig,
     LowRankConfig,
+    QuantizationAwareConfig,
     QuantizationConfig,
     StructuredPruningConfig,
     UnstructuredPruningConfig,
@@ -42,6 +43,7 @@ AT_ONCE: dict[str, Config] = {
     "layer_dropping": LayerDroppingConfig(drop=1),
     "unstructured_pruning": UnstructuredPruningConfig(sparsity=0.5),
     "low_rank": LowRankConfig(keep=0.6),
+    "quantization_aware": QuantizationAwareConfig(attention="ternary", ffn="packed-2"),
     "quantization": QuantizationConfig(weights="nf4-double", embeddings="int4"),
 }
 # These change the tokenizer with the model, and have round trips of their own in their tests.

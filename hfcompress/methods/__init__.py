@@ -16,6 +16,7 @@ from hfcompress.methods import (  # noqa: F401
     layer_dropping,
     low_rank,
     quantization,
+    quantization_aware,
     structured_pruning,
     unstructured_pruning,
     vocabulary,

@@ -5,8 +5,10 @@ The record is small JSON, relative to the base model, and holds only what differ
     {"heads": {"encoder.layer.0.attention.self": 7},
      "neurons": {"encoder.layer.0.intermediate.dense": 704},
      "low_rank": {"encoder.layer.*.intermediate.dense": 96},
+     "low_rank_embeddings": {"embeddings.word_embeddings": 128},
      "embeddings": {"embeddings.word_embeddings": {"bits": 8, "group_size": 384}},
-     "linear": {"encoder.layer.*.attention.self.query": "int8"}}
+     "linear": {"encoder.layer.*.attention.self.query": "int8"},
+     "packed": {"encoder.layer.*.output.dense": "ternary"}}
 
 A name with `*` for a layer's number stands for every layer's module of that name.
 """
@@ -18,7 +20,6 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
 from hfcompress.configuration import suggest
@@ -37,7 +38,10 @@ from hfcompress.modeling.anatomy import (
 from hfcompress.modeling.architectures import architectures
 from hfcompress.modeling.layers.bitsandbytes import KINDS, empty_linear, kind_of
 from hfcompress.modeling.layers.low_rank import LowRankLinear
+from hfcompress.modeling.layers.packed_linear import PACKED_KINDS, PackedLinear
 from hfcompress.modeling.layers.quantized_embedding import QuantizedEmbedding
+from hfcompress.modeling.layers.tied import LowRankEmbedding
+from hfcompress.modeling.ties import is_table, replace_table, scale_of
 
 Structure = dict[str, dict[str, Any]]
 
@@ -114,14 +118,19 @@ def describe(model: PreTrainedModel) -> Structure:
     low_rank = {name: module for name, module in base.named_modules() if isinstance(module, LowRankLinear)}
     wholes = [name for name in linear_layers(model) if name.rpartition(".")[0] not in low_rank]
     structure["low_rank"] = _compact({name: module.rank for name, module in low_rank.items()}, [*wholes, *low_rank])
+    structure["low_rank_embeddings"] = {
+        name: module.rank for name, module in base.named_modules() if isinstance(module, LowRankEmbedding)
+    }
     structure["embeddings"] = {
         name: {"bits": module.bits, "group_size": module.group_size}
         for name, module in base.named_modules()
         if isinstance(module, QuantizedEmbedding)
     }
     linears = linear_layers(model)
-    quantized = {name: kind_of(module) for name, module in linears.items() if kind_of(module)}
-    structure["linear"] = _compact(quantized, linears)
+    quantized = {name: kind for name, module in linears.items() if (kind := kind_of(module))}
+    structure["linear"] = _compact({name: kind for name, kind in quantized.items() if kind in KINDS}, linears)
+    packed = {name: kind for name, kind in quantized.items() if kind in PACKED_KINDS}
+    structure["packed"] = _compact(packed, linears)
     return {section: entries for section, entries in structure.items() if entries}
 
 
@@ -208,9 +217,23 @@ def _restore_low_rank(model: PreTrainedModel, entries: Mapping[str, Any]) -> Non
         surgery.factorize(model, name, _bounded("low_rank", name, rank, most))
 
 
+def _tables(model: PreTrainedModel) -> dict[str, Any]:
+    """Returns the float embeddings of the base model by path, the rows of low-rank ones included."""
+    return {name: module for name, module in base_model(model).named_modules() if is_table(module)}
+
+
+def _restore_low_rank_embeddings(model: PreTrainedModel, entries: Mapping[str, Any]) -> None:
+    tables = _tables(model)
+    for name, rank in _unfold("low_rank_embeddings", entries, tables, _absent(model)).items():
+        table = tables[name]
+        tokens, width = table.weight.shape
+        rank = _bounded("low_rank_embeddings", name, rank, min(tokens, width))
+        form = {"scale": scale_of(table), "device": table.weight.device, "dtype": table.weight.dtype}
+        replace_table(model, name, LowRankEmbedding(tokens, width, rank, **form))
+
+
 def _restore_embeddings(model: PreTrainedModel, entries: Mapping[str, Any]) -> None:
-    base = base_model(model)
-    tables = {name: module for name, module in base.named_modules() if type(module) is nn.Embedding}
+    tables = _tables(model)
     for name, form in _unfold("embeddings", entries, tables, _absent(model)).items():
         table = tables[name]
         if not isinstance(form, Mapping) or set(form) != {"bits", "group_size"} or form["bits"] not in (4, 8):
@@ -225,9 +248,14 @@ def _restore_embeddings(model: PreTrainedModel, entries: Mapping[str, Any]) -> N
             )
         weight = table.weight
         quantized = QuantizedEmbedding(
-            *weight.shape, bits=form["bits"], group_size=group_size, device=weight.device, dtype=weight.dtype
+            *weight.shape,
+            bits=form["bits"],
+            group_size=group_size,
+            scale=scale_of(table),
+            device=weight.device,
+            dtype=weight.dtype,
         )
-        base.set_submodule(name, quantized)
+        replace_table(model, name, quantized)
 
 
 def _restore_linear(model: PreTrainedModel, entries: Mapping[str, Any]) -> None:
@@ -246,11 +274,24 @@ def _restore_linear(model: PreTrainedModel, entries: Mapping[str, Any]) -> None:
         base.set_submodule(name, new)
 
 
+def _restore_packed(model: PreTrainedModel, entries: Mapping[str, Any]) -> None:
+    base, linears = base_model(model), linear_layers(model)
+    for name, kind in _unfold("packed", entries, linears, _absent(model)).items():
+        if kind not in PACKED_KINDS:
+            allowed = ", ".join(PACKED_KINDS)
+            raise CheckpointError(f"config.json: structure.packed: '{name}' is {kind!r}; allowed: {allowed}")
+        old: Any = linears[name]
+        form = {"kind": kind, "device": old.weight.device, "dtype": old.weight.dtype}
+        base.set_submodule(name, PackedLinear(input_width(old), output_width(old), old.bias is not None, **form))
+
+
 # In the order in which they are put back: each section's names are those of the tree at that point.
 _SECTIONS: dict[str, Callable[[PreTrainedModel, Mapping[str, Any]], None]] = {
     "heads": _restore_heads,
     "neurons": _restore_neurons,
     "low_rank": _restore_low_rank,
+    "low_rank_embeddings": _restore_low_rank_embeddings,
     "embeddings": _restore_embeddings,
     "linear": _restore_linear,
+    "packed": _restore_packed,
 }

@@ -22,6 +22,7 @@ from torch import nn
 from transformers.core_model_loading import ConversionOps
 
 from hfcompress.errors import CompressionError, MissingBackendError
+from hfcompress.modeling.layers.packed_linear import PackedKind, PackedLinear
 
 Kind = Literal["int8", "nf4", "fp4", "nf4-double", "fp4-double"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -58,8 +59,10 @@ def require_bitsandbytes() -> Any:
     return bitsandbytes
 
 
-def kind_of(module: nn.Module) -> Kind | None:
+def kind_of(module: nn.Module) -> Kind | PackedKind | None:
     """Returns how a linear layer is quantized, or None; imports nothing."""
+    if isinstance(module, PackedLinear):
+        return module.packed_kind
     name = type(module).__name__
     if name == "Linear8bitLt":
         return "int8"
@@ -121,6 +124,8 @@ def dequantize(module: nn.Module) -> torch.Tensor:
 
     On CPU, bitsandbytes' own `dequantize_4bit` mixes up scales where a block of 64 runs over the end of a row.
     """
+    if isinstance(module, PackedLinear):
+        return module.dense()
     from bitsandbytes import functional
 
     weight = cast(Any, module.weight)

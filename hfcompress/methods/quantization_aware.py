@@ -1,0 +1,133 @@
+"""Weights of 8, 4 and 2 bit, ternary or binary: rounded at once, or learned under rounding (TernaryBERT's way)."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from pydantic import Field
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from hfcompress.configuration import Config
+from hfcompress.errors import CompressionError
+from hfcompress.methods.registry import Context, Method, register
+from hfcompress.methods.training import Part
+from hfcompress.modeling.anatomy import base_model, linear_layers, modules_of
+from hfcompress.modeling.checkpoint import commit
+from hfcompress.modeling.layers.bitsandbytes import kind_of
+from hfcompress.modeling.layers.packed_linear import PackedKind, PackedLinear, RoundingConv1D, RoundingLinear
+from hfcompress.modeling.tables import TableKind, plan_tables, quantize_tables
+
+
+class QuantizationAwareConfig(Config):
+    """How few values a weight may have.
+
+    Attributes:
+        weights: Linear layers of the base model: `packed-8`, `packed-4`, `packed-2`, `ternary` or `binary`, or None
+            to leave them as they are. Task heads stay as they are. With a `training` step the layers
+            learn under this rounding from the first step on (Zhang et al. 2020, TernaryBERT), and distillation
+            helps much; without one the weights are rounded as they are, which below 4 bits loses most of a model.
+        attention: The same for attention alone, over `weights`.
+        ffn: The same for feed-forward blocks alone, over `weights`.
+        embeddings: Embedding tables: `int8`, `int4`, or None; rounded row by row at the end.
+        embedding_group_size: As in `quantization`.
+    """
+
+    weights: PackedKind | None = "packed-4"
+    attention: PackedKind | None = None
+    ffn: PackedKind | None = None
+    embeddings: TableKind | None = "int8"
+    embedding_group_size: int | None = Field(None, ge=8)
+
+
+def quantization_aware(model: PreTrainedModel, config: QuantizationAwareConfig, context: Context) -> dict[str, Any]:
+    """Rounds and packs a model's linear layers at once, in place.
+
+    Args:
+        model: A model whose linear layers are float.
+        config: Which layers, and to how many values.
+        context: Not used: nothing here needs data.
+
+    Returns:
+        How many layers of each kind there are.
+
+    Raises:
+        CompressionError: A layer is quantized already, or nothing is to be quantized.
+    """
+    return _pack(model, _kinds(model, config), config)
+
+
+def _kinds(model: PreTrainedModel, config: QuantizationAwareConfig) -> dict[str, PackedKind]:
+    base, linears = base_model(model), linear_layers(model)
+    # What a family keeps in float32 by name its forward also asks to be of a float type (T5's `wo`).
+    in_float = set(getattr(model, "_keep_in_fp32_modules", None) or ())
+    kinds: dict[str, PackedKind] = {}
+    if config.weights:
+        kinds |= {name: config.weights for name in linears if not in_float & set(name.split("."))}
+    groups: dict[str, PackedKind | None] = {"attention": config.attention, "ffn": config.ffn}
+    for group, kind in groups.items():
+        paths = modules_of(model, (group,)) if kind else []
+        if kind:  # a low-rank layer is its two factors
+            kinds |= {name: kind for name in linears if any(name == p or name.startswith(f"{p}.") for p in paths)}
+    if not kinds:
+        raise CompressionError("weights, attention and ffn name no layer: there is nothing to quantize")
+    for name in kinds:
+        if kind_of(base.get_submodule(name)):
+            raise CompressionError(f"{name} is quantized already", hint="Start from the float checkpoint.")
+    return kinds
+
+
+def _pack(model: PreTrainedModel, kinds: dict[str, PackedKind], config: QuantizationAwareConfig) -> dict[str, Any]:
+    base = base_model(model)
+    tables = plan_tables(model, config.embeddings, config.embedding_group_size)
+    counted: dict[str, int] = {}
+    for name, kind in kinds.items():
+        base.set_submodule(name, PackedLinear.from_float(base.get_submodule(name), kind))
+        counted[kind] = counted.get(kind, 0) + 1
+    quantize_tables(model, tables)
+    commit(model)
+    return {"linear_layers": counted, "embeddings": config.embeddings}
+
+
+class QuantizationAwarePart(Part):
+    """Lets layers compute with rounded weights while they train, and packs them when training ends."""
+
+    def __init__(self, config: QuantizationAwareConfig, context: Context | None = None) -> None:
+        self.config = config
+
+    def begin(self, model: PreTrainedModel, total_steps: int, device: torch.device) -> None:
+        """Has every layer round its weight before it uses it; no name of a parameter changes."""
+        self._kinds = _kinds(model, self.config)
+        plan_tables(model, self.config.embeddings, self.config.embedding_group_size)  # what cannot be is said now
+        base = base_model(model)
+        for name, kind in self._kinds.items():
+            layer = cast(Any, base.get_submodule(name))
+            if type(layer) not in _ROUNDING:
+                raise CompressionError(f"{name} is a {type(layer).__name__}, which cannot be trained under rounding")
+            layer.__class__, layer.rounding = _ROUNDING[type(layer)], kind
+
+    def end(self, model: PreTrainedModel) -> dict[str, Any]:
+        """Packs what was learned; the outputs stay what they were under rounding."""
+        base = base_model(model)
+        for name in self._kinds:
+            layer = cast(Any, base.get_submodule(name))
+            layer.__class__ = next(plain for plain, own in _ROUNDING.items() if own is type(layer))
+            del layer.rounding
+        return _pack(model, self._kinds, self.config)
+
+
+_ROUNDING: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: RoundingLinear, Conv1D: RoundingConv1D}
+
+
+register(
+    Method(
+        name="quantization_aware",
+        config=QuantizationAwareConfig,
+        summary="Packs linear layers to 8, 4 or 2 bit, ternary or binary weights, at once or learned in training.",
+        apply=quantization_aware,
+        part=QuantizationAwarePart,
+        quantizes=True,
+    )
+)
