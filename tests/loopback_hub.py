@@ -46,6 +46,7 @@ class Repo:
     private: bool
     commits: list[Commit] = field(default_factory=list)
     refs: dict[str, str] = field(default_factory=dict)
+    tags: dict[str, str] = field(default_factory=dict)
 
     def commit(self, files: dict[str, bytes], message: str, ref: str = "main", parent: str | None = None) -> Commit:
         oid = hashlib.sha1(repr((len(self.commits), message, sorted(files))).encode()).hexdigest()
@@ -54,7 +55,7 @@ class Repo:
         return self.commits[-1]
 
     def at(self, revision: str) -> Commit | None:
-        oid = self.refs.get(revision, revision)
+        oid = self.refs.get(revision) or self.tags.get(revision, revision)
         return next((commit for commit in self.commits if commit.oid == oid), None)
 
     @property
@@ -214,6 +215,24 @@ class LoopbackHub:
         self.repos[repo].refs[rev] = self.repos[repo].head.oid
         return reply({})
 
+    def _tag(self, body: bytes, repo: str, rev: str) -> Answer:
+        commit, name = self.repos[repo].at(rev), json.loads(body)["tag"]
+        if commit is None:
+            return missing("RevisionNotFound")
+        if name in self.repos[repo].tags:
+            return reply({"error": "Tag reference exists already"}, 409)
+        self.repos[repo].tags[name] = commit.oid
+        return reply({})
+
+    def _refs(self, body: bytes, repo: str) -> Answer:
+        def listed(kind: str, refs: dict[str, str]) -> list[dict[str, str]]:
+            return [{"name": name, "ref": f"refs/{kind}/{name}", "targetCommit": oid} for name, oid in refs.items()]
+
+        branches = {name: oid for name, oid in self.repos[repo].refs.items() if not name.startswith("refs/")}
+        return reply(
+            {"branches": listed("heads", branches), "converts": [], "tags": listed("tags", self.repos[repo].tags)}
+        )
+
     def _tree(self, body: bytes, repo: str, rev: str) -> Answer:
         commit = self.repos[repo].at(rev)
         if commit is None:
@@ -287,11 +306,13 @@ def _entry(name: str, data: bytes) -> dict:
     return entry | {"lfs": {"oid": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 130}}
 
 
-WRITING = {"create", "branch", "preupload", "batch", "commit"}
+WRITING = {"create", "branch", "tag", "preupload", "batch", "commit"}
 ROUTES: tuple[tuple[str, tuple[str, ...], str, Callable[..., Answer]], ...] = (
     ("create", ("POST",), r"/api/repos/create", LoopbackHub._create),
     ("validate", ("POST",), r"/api/validate-yaml", LoopbackHub._validate),
     ("branch", ("POST",), rf"/api/models/{_REPO}/branch/(?P<rev>[^/]+)", LoopbackHub._branch),
+    ("tag", ("POST",), rf"/api/models/{_REPO}/tag/(?P<rev>[^/]+)", LoopbackHub._tag),
+    ("refs", ("GET",), rf"/api/models/{_REPO}/refs(\?.*)?", LoopbackHub._refs),
     (
         "preupload",
         ("POST",),

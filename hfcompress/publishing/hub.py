@@ -19,7 +19,8 @@ T = TypeVar("T")
 
 WAITS = (1.0, 2.0, 4.0, 8.0)
 _LONGEST_WAIT = 60.0
-_TRANSIENT = frozenset({429, 500, 502, 503, 504})
+_OVERLOADED = frozenset({429})
+_TRANSIENT = _OVERLOADED | frozenset(range(500, 600))
 
 
 def push(
@@ -29,6 +30,7 @@ def push(
     private: bool = False,
     revision: str | None = None,
     create_pr: bool = False,
+    tag: str | None = None,
     commit_message: str | None = None,
 ) -> str:
     """Uploads a checkpoint folder: weights, config, tokenizer, card, report and pictures.
@@ -43,6 +45,7 @@ def push(
         private: Make it a private one. An existing public one is refused, not made private.
         revision: The branch, made where it does not exist; the main one by default.
         create_pr: Open a pull request on an existing repository instead of writing to it.
+        tag: A name for the commit, such as `v1.0`. A tag that names another commit is never moved.
         commit_message: The commit's first line.
 
     Returns:
@@ -53,7 +56,7 @@ def push(
         ConfigError: The repository's name or the message cannot be used.
         HubError: The Hub refused, or could not be reached.
     """
-    _check_arguments(repo_id, revision, create_pr, commit_message)
+    _check_arguments(repo_id, revision, create_pr, tag, commit_message)
     contents = collect(Path(directory))
     from huggingface_hub import HfApi, get_token
 
@@ -65,6 +68,7 @@ def push(
         private=private,
         revision=revision,
         create_pr=create_pr,
+        tag=tag,
         message=commit_message or "Upload a model compressed with hfcompress",
     )
     return upload.send(contents)
@@ -80,6 +84,7 @@ class Upload:
         private: Whether the repository must be private.
         revision: The branch; the main one if None.
         create_pr: Whether to open a pull request.
+        tag: A name for the commit, or None.
         message: The commit's first line.
         waits: Seconds between the tries where the Hub is overloaded or cannot be reached.
     """
@@ -89,6 +94,7 @@ class Upload:
     private: bool = False
     revision: str | None = None
     create_pr: bool = False
+    tag: str | None = None
     message: str = "Upload model"
     waits: Sequence[float] = WAITS
 
@@ -103,12 +109,16 @@ class Upload:
 
         try:
             self._prepare_repository()
-            return self._commit(contents)
+            url, commit = self._commit(contents)
+            if self.tag is not None:
+                name = self.tag
+                self._patiently(lambda: self.api.create_tag(self.repo_id, tag=name, revision=commit, exist_ok=True))
+            return url
         except HFCompressError:
             raise
-        # The rest are: answers and failed connections (HTTPError), offline mode (OSError), and what
-        # huggingface_hub wraps uploads of large files in.
-        except (httpx2.HTTPError, OSError, RuntimeError, ValueError) as error:
+        # The rest are: answers and failed connections (HTTPError), offline mode (OSError), what
+        # huggingface_hub wraps uploads of large files in, and answers that lack what they should hold.
+        except (httpx2.HTTPError, OSError, RuntimeError, ValueError, KeyError) as error:
             raise self._explain(error) from error
 
     def _prepare_repository(self) -> None:
@@ -116,8 +126,10 @@ class Upload:
 
         try:
             info = self._patiently(lambda: self.api.repo_info(self.repo_id))
-        except RepositoryNotFoundError:
-            if self.create_pr:  # a pull request needs a repository, which may be somebody else's
+        except RepositoryNotFoundError as error:
+            # A refused login looks the same to huggingface_hub, and must make no repository. A pull request needs
+            # one that is there, which may be somebody else's.
+            if self.create_pr or _status(error) != 404:
                 raise
             # None leaves the choice to the organization: its default may be private.
             private = self.private or None
@@ -132,15 +144,22 @@ class Upload:
             branch = self.revision
             self._patiently(lambda: self.api.create_branch(self.repo_id, branch=branch, exist_ok=True))
 
-    def _commit(self, contents: Sequence[Content]) -> str:
+    def _commit(self, contents: Sequence[Content]) -> tuple[str, str]:
+        """Returns the address of what was written, and the commit."""
         first = self._patiently(self._head)
+        tagged = self._patiently(self._tagged)
 
-        def attempt() -> str:
+        def attempt() -> tuple[str, str]:
             # Read again at every try: a commit whose answer was lost on the way is there already.
             head = self._head()
             operations = self._operations(contents, head)
+            if tagged is not None and (operations or tagged != head):
+                raise HubError(
+                    f"{self.repo_id} has a tag {self.tag}, which names another commit; nothing was committed",
+                    hint="choose another tag, or delete that one on the Hub",
+                )
             if not operations:
-                return f"{self.api.endpoint}/{self.repo_id}/commit/{head}"
+                return f"{self.api.endpoint}/{self.repo_id}/commit/{head}", head
             if head != first:
                 raise self._newer()
             done = self.api.create_commit(
@@ -152,16 +171,23 @@ class Upload:
                 parent_commit=head,
             )
             self._verify(contents, done.oid)
-            return str(done.pr_url if self.create_pr else done.commit_url)
+            return str(done.pr_url if self.create_pr else done.commit_url), done.oid
 
         # A pull request whose answer was lost cannot be recognised: trying again could open a second.
-        return self._patiently(attempt, on=frozenset({429}) if self.create_pr else _TRANSIENT)
+        return self._patiently(attempt, on=_OVERLOADED if self.create_pr else _TRANSIENT)
 
     def _head(self) -> str:
         sha = self.api.repo_info(self.repo_id, revision=self.revision).sha
         if not sha:
             raise HubError(f"the Hub names no commit of {self.repo_id}")
         return sha
+
+    def _tagged(self) -> str | None:
+        """Returns the commit that the tag names already."""
+        if self.tag is None:
+            return None
+        tags = self.api.list_repo_refs(self.repo_id).tags
+        return next((each.target_commit for each in tags if each.name == self.tag), None)
 
     def _operations(self, contents: Sequence[Content], head: str) -> list[CommitOperationAdd | CommitOperationDelete]:
         from huggingface_hub import CommitOperationAdd, CommitOperationDelete
@@ -227,7 +253,17 @@ class Upload:
         if status == 404:
             return HubError(
                 f"{self.repo_id}, or its revision {self.revision or 'main'}, is not on the Hub (404)",
-                hint="a pull request needs a repository that exists and that you may read",
+                hint="look for a slip in the name; a pull request needs a repository that exists and that you may read",
+            )
+        if status == 409:
+            return HubError(
+                f"somebody else is changing {self.repo_id} (409); this push was not completed",
+                hint="look at the repository, then push again: what is there already is not uploaded twice",
+            )
+        if status == 413:
+            return HubError(
+                f"the Hub takes no file or request of this size (413); {self.repo_id} is as it was",
+                hint="save the weights in smaller shards: save_pretrained(..., max_shard_size='5GB')",
             )
         if status in _TRANSIENT:
             return HubError(
@@ -236,10 +272,10 @@ class Upload:
             )
         if isinstance(error, ValueError) and status in (None, 400) and "README.md" in str(error):
             return CheckpointError(f"the Hub does not accept the card: {error}", hint="mend README.md")
-        return HubError(f"the upload to {self.repo_id} failed: {error}")
+        return HubError(f"the upload to {self.repo_id} failed: {_cause(error)}")
 
 
-def _check_arguments(repo_id: str, revision: str | None, create_pr: bool, message: str | None) -> None:
+def _check_arguments(repo_id: str, revision: str | None, create_pr: bool, tag: str | None, message: str | None) -> None:
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
@@ -253,6 +289,8 @@ def _check_arguments(repo_id: str, revision: str | None, create_pr: bool, messag
             problems.append(Problem(("repo_id",), f"must be ORG/NAME, not {repo_id!r}"))
     if create_pr and revision is not None:
         problems.append(Problem(("revision",), "cannot be chosen together with create_pr"))
+    if create_pr and tag is not None:
+        problems.append(Problem(("tag",), "cannot be chosen together with create_pr"))
     if message is not None and (kind := find_secret(message.encode())):
         problems.append(Problem(("commit_message",), f"holds something that looks like {kind}"))
     if problems:
