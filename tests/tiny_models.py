@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 WIDTH, HEADS, NEURONS, LAYERS, VOCABULARY, LABELS = 32, 4, 24, 3, 61, 2  # questions are answered by 2 labels
 TEXT = ("SequenceClassification", "TokenClassification", "QuestionAnswering")
-ENCODER = ("", *TEXT, "MaskedLM")
+ENCODER = ("", *TEXT, "MaskedLM", "MultipleChoice")
 DECODER = ("", "CausalLM", *TEXT)
 
 
@@ -28,6 +28,7 @@ class Family:
         sdpa: Whether it has that attention.
         generates: The heads that generate.
         pre_norm: Whether a layer whose outputs are 0 passes on what it gets.
+        head_values: Config values over `values` that a head needs.
     """
 
     config: type
@@ -38,6 +39,7 @@ class Family:
     sdpa: bool = True
     generates: tuple[str, ...] = ()
     pre_norm: bool = False
+    head_values: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
 def _ids(rows: int = 2, length: int = 7, seed: int = 0) -> torch.Tensor:
@@ -47,12 +49,18 @@ def _ids(rows: int = 2, length: int = 7, seed: int = 0) -> torch.Tensor:
 
 def _text(head: str) -> dict[str, torch.Tensor]:
     mask = torch.ones(2, 7, dtype=torch.long)
+    if head in ("LMHeadModel", "CausalLM"):
+        return {"input_ids": _ids(), "attention_mask": mask}
+    if head == "MultipleChoice":
+        return {"input_ids": _ids(rows=6).view(2, 3, 7), "attention_mask": mask[:, None].repeat(1, 3, 1)}
     mask[1, 5:] = 0
     return {"input_ids": _ids(), "attention_mask": mask}
 
 
 def _causal(head: str) -> dict[str, torch.Tensor]:
-    return {"input_ids": _ids(), "attention_mask": torch.ones(2, 7, dtype=torch.long)}
+    inputs = {"input_ids": _ids(), "attention_mask": torch.ones(2, 7, dtype=torch.long)}
+    # The head with two outputs reads several choices a row.
+    return {name: value.unsqueeze(0) for name, value in inputs.items()} if head == "DoubleHeadsModel" else inputs
 
 
 def _text_to_text(head: str) -> dict[str, torch.Tensor]:
@@ -154,14 +162,23 @@ def _family(name: str, heads: tuple[str, ...], values: Mapping[str, Any], **othe
     return Family(config=getattr(transformers, f"{name}Config"), values=values, heads=heads, **others)
 
 
+def _decodes(head: str) -> dict[str, Any]:
+    """An encoder with a causal head is told to look back only."""
+    return {"generates": (head,), "head_values": {head: {"is_decoder": True}}}
+
+
 _GENERATES = {"generates": ("CausalLM",), "inputs": _causal, "pre_norm": True}
 FAMILIES: dict[str, Family] = {
-    "bert": _family("Bert", ENCODER, _BERT),
-    "roberta": _family("Roberta", ENCODER, _BERT),
-    "xlm-roberta": _family("XLMRoberta", ENCODER, _BERT),
-    "electra": _family("Electra", ENCODER, _BERT | {"embedding_size": 16}),
+    "bert": _family(
+        "Bert", (*ENCODER, "PreTraining", "NextSentencePrediction", "LMHeadModel"), _BERT, **_decodes("LMHeadModel")
+    ),
+    "roberta": _family("Roberta", (*ENCODER, "CausalLM"), _BERT, **_decodes("CausalLM")),
+    "xlm-roberta": _family("XLMRoberta", (*ENCODER, "CausalLM"), _BERT, **_decodes("CausalLM")),
+    "electra": _family(
+        "Electra", (*ENCODER, "PreTraining", "CausalLM"), _BERT | {"embedding_size": 16}, **_decodes("CausalLM")
+    ),
     "mpnet": _family("MPNet", ENCODER, _BERT, sdpa=False),
-    "albert": _family("Albert", ENCODER, _BERT | {"embedding_size": 16}),
+    "albert": _family("Albert", (*ENCODER, "PreTraining"), _BERT | {"embedding_size": 16}),
     "deberta-v2": _family(
         "DebertaV2",
         ENCODER,
@@ -205,7 +222,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "gpt2": _family(
         "GPT2",
-        ("", "LMHeadModel", *TEXT),
+        ("", "LMHeadModel", *TEXT, "DoubleHeadsModel"),
         {
             "vocab_size": VOCABULARY,
             "n_embd": WIDTH,
@@ -258,7 +275,7 @@ FAMILIES: dict[str, Family] = {
         ("", "ConditionalGeneration", "CausalLM"),
         _BART,
         inputs=_text_to_text,
-        generates=("ConditionalGeneration",),
+        generates=("ConditionalGeneration", "CausalLM"),
         pre_norm=True,
     ),
     "whisper": _family(
@@ -287,7 +304,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "wav2vec2": _family(
         "Wav2Vec2",
-        ("", "CTC", "SequenceClassification", "AudioFrameClassification", "XVector"),
+        ("", "CTC", "SequenceClassification", "AudioFrameClassification", "XVector", "PreTraining"),
         {
             "vocab_size": VOCABULARY,
             "hidden_size": WIDTH,
@@ -305,6 +322,9 @@ FAMILIES: dict[str, Family] = {
             "tdnn_kernel": [3, 1],
             "tdnn_dilation": [1, 1],
             "xvector_output_dim": 16,
+            "num_codevectors_per_group": 8,
+            "codevector_dim": 16,
+            "proj_codevector_dim": 16,
             "use_weighted_layer_sum": True,
             "num_labels": LABELS,
             "layerdrop": 0.0,
@@ -335,7 +355,7 @@ def make(family: str, head: str | None = None, *, attention: str = "eager", seed
     made = FAMILIES[family]
     head = made.heads[min(1, len(made.heads) - 1)] if head is None else head
     torch.manual_seed(seed)
-    config = made.config(**(dict(made.values) | values))
+    config = made.config(**(dict(made.values) | dict(made.head_values.get(head, {})) | values))
     config._attn_implementation = attention
     model = class_of(family, head)(config).eval()
     with torch.no_grad():  # stock initialisation leaves biases at 0 and weights so small that little shows

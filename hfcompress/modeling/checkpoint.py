@@ -18,7 +18,8 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from hfcompress.errors import CheckpointError
-from hfcompress.modeling.anatomy import base_model
+from hfcompress.modeling.anatomy import base_model, find
+from hfcompress.modeling.architectures import architectures
 from hfcompress.modeling.layers.bitsandbytes import (
     SERIALIZED_NAMES,
     LoadBitsAndBytes,
@@ -114,6 +115,11 @@ class HFCompressQuantizer(HfQuantizer):
         guard_config(config)
         return config
 
+    def update_parallel_plan(self, model: PreTrainedModel, plan: dict[str, str]) -> None:
+        """Adds the stored parts of quantized weights to a plan; where there is no plan there is nothing to look up."""
+        if plan:
+            super().update_parallel_plan(model, plan)
+
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         structure = self.quantization_config.structure
         guard_files(kwargs.get("checkpoint_files"), model.config, structure)
@@ -122,7 +128,8 @@ class HFCompressQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         require_checked(model)
-        settle_all(model)
+        if self._has_quantized_linears:
+            settle_all(model)
         forget_reading(model)
         _attach(model, self.quantization_config, self if self._has_quantized_linears else None)
         return model
@@ -162,6 +169,17 @@ def _detach(model: PreTrainedModel) -> None:
         vars(model).pop(attribute, None)
 
 
+def _detached(model: PreTrainedModel) -> list[str]:
+    """Returns the parts that models of other heads have and this one has not, by the names they have there.
+
+    A load makes them anew, and transformers cannot draw random values for 8-bit weights.
+    """
+    base = base_model(model)
+    known = architectures().get(model.config.model_type)
+    absent = [each for each in known.detachable if find(base, each) is None] if known else []
+    return [name for each in absent for name in (each, f"{model.base_model_prefix}.{each}")]
+
+
 def _stock_quantization(model: PreTrainedModel, structure: Structure) -> BitsAndBytesConfig | None:
     """Returns the stock record where the only difference is that bitsandbytes holds every linear layer alike.
 
@@ -174,6 +192,7 @@ def _stock_quantization(model: PreTrainedModel, structure: Structure) -> BitsAnd
     if kind != "int8" and not all(runs_without_cure(module) for module in model.modules() if kind_of(module)):
         return None
     skipped = [name for name, module in model.named_modules() if type(module) in (nn.Linear, Conv1D)]
+    skipped += _detached(model)
     if kind == "int8":
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0, llm_int8_skip_modules=skipped)
     return BitsAndBytesConfig(

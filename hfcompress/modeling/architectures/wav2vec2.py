@@ -27,4 +27,6 @@ ARCHITECTURE = Architecture(
         ),
     ),
     embeddings=(),
+    # A head for speakers calls its own layer by a name of the base model's.
+    heads=("feature_extractor.weight", "feature_extractor.bias"),
 )
