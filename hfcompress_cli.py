@@ -68,12 +68,19 @@ def evaluate(
         int | None,
         typer.Option("--max-length", min=4, help="Tokens after which a text is cut; as in the report."),
     ] = None,
+    submission: Annotated[
+        Path | None,
+        typer.Option(
+            "--submission", help="A folder for the files that GLUE's server takes: answers to the test set, no score."
+        ),
+    ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no logs.")] = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Measure a checkpoint's quality on a task."""
+    """Measure a checkpoint's quality on a task, or answer a GLUE test set."""
     options = {"task": task, "data": data, "batch_size": batch_size, "max_length": max_length}
+    options["submission"] = submission
     _call("evaluate", debug, directory=directory, **options, quiet=quiet, as_json=as_json)
 
 
@@ -174,10 +181,16 @@ def push(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="A checkpoint folder.", show_default=False)],
     repository: Annotated[str, typer.Argument(metavar="ORG/NAME", help="Where to.", show_default=False)],
     private: Annotated[bool, typer.Option("--private", help="Only its owners see the repository.")] = False,
+    branch: Annotated[str | None, typer.Option("--branch", help="The branch; the main one by default.")] = None,
+    pull_request: Annotated[
+        bool, typer.Option("--pull-request", help="Open a pull request on an existing repository instead.")
+    ] = False,
+    tag: Annotated[str | None, typer.Option("--tag", help="A name for the commit, such as v1.0.")] = None,
     debug: Debug = False,
 ) -> None:
     """Upload a checkpoint, its card and its report to the Hub."""
-    _call("push", debug, directory=directory, repository=repository, private=private)
+    target = {"repo": repository, "private": private, "branch": branch, "pull_request": pull_request, "tag": tag}
+    _call("push", debug, directory=directory, target=target)
 
 
 @app.command()

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from hfcompress.deployment import Pipeline
     from hfcompress.evaluation.report import Report
     from hfcompress.recipe import Recipe
+    from hfcompress.tasks import Task
 
 REPORT_FILE = "report.json"
 
@@ -70,28 +71,33 @@ def evaluate(
     data: str | None,
     batch_size: int,
     max_length: int | None,
+    submission: Path | None,
     quiet: bool,
     as_json: bool,
 ) -> None:
     """Measures a checkpoint's quality; what is not given is taken from the folder's report.
 
+    With `submission` it answers GLUE's test set instead and writes the files that GLUE's server takes.
+
     Raises:
         HFCompressError: The folder holds no checkpoint, or the task and its data do not fit it.
     """
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
-
     from hfcompress.evaluation.quality import evaluate_quality
-    from hfcompress.tasks import get_task, load_data, preprocess
+    from hfcompress.tasks import get_task, kind_of, load_data, preprocess
 
     _require_checkpoint(directory)
     recorded = _recorded(directory)
-    chosen = get_task(_task_name(task, recorded))
+    chosen = recorded["described"] if task is None and recorded else get_task(_task_name(task, recorded))
+    kind = kind_of(chosen)
     length = max_length or recorded.get("max_length", 128)
+    if submission is not None:
+        _submit(directory, chosen, submission, data, {"batch_size": batch_size, "max_length": length}, quiet, as_json)
+        return
     with _stdout_kept_clean(quiet):
-        model = AutoModelForSequenceClassification.from_pretrained(directory)
-        tokenizer = AutoTokenizer.from_pretrained(directory)
+        model = kind.load(directory)
+        tokenizer = kind.load_processor(directory)
         split = load_data(chosen, data, progress=not quiet)[chosen.evaluation_split]
-        label2id = model.config.label2id if chosen.labels else None
+        label2id = cast("dict[str, int]", model.config.label2id) if chosen.labels else None
         examples = preprocess(split, chosen, tokenizer, max_length=length, label2id=label2id)
         quality = evaluate_quality(model, examples, chosen, tokenizer, batch_size=batch_size, progress=not quiet)
     facts = {"task": chosen.name, "split": chosen.evaluation_split, "examples": quality.examples}
@@ -106,6 +112,29 @@ def evaluate(
     for key, value in metrics.items():
         table.add_row(escape(key), "n/a" if value is None else f"{value:.4f}")
     _console().print(table)
+
+
+def _submit(
+    directory: Path,
+    task: Task,
+    folder: Path,
+    data: str | None,
+    how: Mapping[str, int],
+    quiet: bool,
+    as_json: bool,
+) -> None:
+    from hfcompress.evaluation.submission import files_of, write_submission
+    from hfcompress.tasks import kind_of
+    from hfcompress.tasks.data import read_splits
+
+    files_of(task)  # says so before anything is loaded where GLUE has no such file
+    with _stdout_kept_clean(quiet):
+        splits = read_splits(task, data, progress=not quiet)
+        kind = kind_of(task)
+        model, tokenizer = kind.load(directory), kind.load_processor(directory)
+        written = write_submission(folder, model, tokenizer, task, splits, **how, progress=not quiet)
+    paths = [str(path) for path in written]
+    print(json.dumps({"files": paths}, indent=2) if as_json else "\n".join(paths))
 
 
 def export(
@@ -172,6 +201,8 @@ def _export_data(
     from hfcompress.tasks import align_labels, get_task, load_data, preprocess
 
     chosen = get_task(name)
+    if chosen.kind not in ("classification", "regression"):
+        raise DataError(f"task '{name}': calibrating an export is known for sentence classification alone")
     if chosen.training_split is None:
         raise DataError(f"task '{name}' has no training data to calibrate on", hint="Choose a task that has.")
     tokenizer = AutoTokenizer.from_pretrained(directory)
@@ -296,7 +327,7 @@ def card(*, directory: Path) -> None:
     print(write_documents(directory))
 
 
-def push(*, directory: Path, repository: str, private: bool) -> None:
+def push(*, directory: Path, target: Mapping[str, Any]) -> None:
     """Uploads a checkpoint.
 
     Raises:
@@ -305,10 +336,10 @@ def push(*, directory: Path, repository: str, private: bool) -> None:
     from hfcompress.publishing.hub import push as upload
     from hfcompress.recipe import PushConfig
 
-    target = PushConfig(repo=repository, private=private)
+    checked = PushConfig(**target)
     _require_checkpoint(directory)
     with _stdout_kept_clean(quiet=False):
-        url = upload(directory, target.repo, private=target.private)
+        url = upload(directory, checked.repo, **checked.options())
     print(url)
 
 
@@ -357,7 +388,7 @@ def _show_plan(recipe: Recipe, folder: Path, as_json: bool) -> None:
         print(json.dumps(recipe.to_dict(), indent=2, allow_nan=False))
         return
     table = Table("step", "how", "what differs from the defaults")
-    table.title = escape(f"{recipe.name}: {recipe.model} on {recipe.task}")
+    table.title = escape(f"{recipe.name}: {recipe.model} on {recipe.described_task.name}")
     for step in recipe.steps:
         parts: dict[str, Config] = {method_of(config).name: config for config in step.methods}
         how = "at once"
@@ -372,6 +403,8 @@ def _show_plan(recipe: Recipe, folder: Path, as_json: bool) -> None:
 
 
 def _show_result(report: Report, folder: Path) -> None:
+    from hfcompress.tasks import kind_of, task_of
+
     console = _console()
     console.print(report.table())
     console.print(escape(f"checkpoint: {folder}"), soft_wrap=True)
@@ -379,8 +412,9 @@ def _show_result(report: Report, folder: Path) -> None:
     console.print(escape(f"page:       {folder / 'report.html'}"), soft_wrap=True)
     console.print(escape(f"report:     {folder / REPORT_FILE}"), soft_wrap=True)
     print("\nimport hfcompress")
-    print("from transformers import AutoModelForSequenceClassification")
-    print(f"model = AutoModelForSequenceClassification.from_pretrained({str(folder)!r})")
+    auto = kind_of(task_of(report.task, report.recipe)).auto_class
+    print(f"from transformers import {auto}")
+    print(f"model = {auto}.from_pretrained({str(folder)!r})")
 
 
 def _console() -> Console:
@@ -400,13 +434,15 @@ def _require_checkpoint(directory: Path) -> None:
 def _recorded(directory: Path) -> dict[str, Any]:
     """Returns the task and the length that the folder's report was measured with."""
     from hfcompress.evaluation.report import Report
+    from hfcompress.tasks import task_of
 
     file = directory / REPORT_FILE
     if not file.is_file():
         return {}
     report = Report.from_json(file.read_text(encoding="utf-8"))
     length = report.recipe.get("max_length")
-    return {"task": report.task} | ({"max_length": length} if isinstance(length, int) else {})
+    described = task_of(report.task, report.recipe)
+    return {"task": report.task, "described": described} | ({"max_length": length} if isinstance(length, int) else {})
 
 
 def _task_name(task: str | None, recorded: Mapping[str, Any]) -> str:

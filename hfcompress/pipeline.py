@@ -12,17 +12,18 @@ import logging
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from functools import partial
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from hfcompress.costing import Costing
 from hfcompress.errors import DataError
 from hfcompress.evaluation.comparison import Answers, compare
-from hfcompress.evaluation.cost import Speed, measure_speed, speed_inputs
+from hfcompress.evaluation.curves import EVALUATED, Training, training_of
+from hfcompress.evaluation.groups import group_labels
 from hfcompress.evaluation.quality import evaluate_quality
 from hfcompress.evaluation.report import Report, Row, describe_environment, retention
-from hfcompress.evaluation.usage import Usage, measure_usage
+from hfcompress.evaluation.robustness import KINDS
 from hfcompress.methods.registry import Batch, Context, method_of
 from hfcompress.modeling.checkpoint import save
 from hfcompress.modeling.measure import count_parameters, weight_bytes
@@ -30,8 +31,8 @@ from hfcompress.recipe import Recipe, Step
 from hfcompress.recipe.schema import is_local
 from hfcompress.run_folder import (
     ANSWERS,
-    COSTS,
     RECORD,
+    Done,
     fingerprint,
     key_of,
     locked,
@@ -43,13 +44,15 @@ from hfcompress.run_folder import (
     rows_digest,
     write_json,
 )
-from hfcompress.tasks import Task, align_labels, fetch_model, get_task, is_demo_model, load_data, preprocess
+from hfcompress.tasks import Task, align_labels, fetch_model, is_demo_model, kind_of, load_data, preprocess
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, Trainer
 
 logger = logging.getLogger(__name__)
+
+_CURVE_ROWS = 256  # a curve shows where a training went; what it came to is measured on all rows
 
 
 def run(recipe: Recipe, output: Path, quiet: bool = False) -> Report:
@@ -78,27 +81,15 @@ def run(recipe: Recipe, output: Path, quiet: bool = False) -> Report:
     if recipe.push is not None:
         from hfcompress.publishing.hub import push
 
-        logger.info("pushed to %s", push(output, recipe.push.repo, private=recipe.push.private))
+        logger.info("pushed to %s", push(output, recipe.push.repo, **recipe.push.options()))
     return report
 
 
 @dataclass(frozen=True)
-class _Done:
-    """A model of the run that is saved and measured: the original, or what a step made."""
-
-    name: str
-    methods: tuple[str, ...]
-    checkpoint: Path
-    folder: Path
-    key: str
-    record: dict[str, Any]
-
-
-@dataclass(frozen=True)
 class _Cut:
-    """The task's texts as one tokenizer cuts them."""
+    """The task's rows as one tokenizer cuts them, or as one image processor takes them."""
 
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: Any
     rows: dict[str, Dataset]
 
 
@@ -107,33 +98,47 @@ class _Bench:
 
     def __init__(self, recipe: Recipe, work: Path, quiet: bool) -> None:
         self.recipe, self.work, self.quiet = recipe, work, quiet
-        self.task: Task = get_task(recipe.task)
+        self.task: Task = recipe.described_task
+        self.kind = kind_of(self.task)
+        self.training_split = _training_split(self.task)
         self.base = find_model(recipe.model, progress=not quiet)
-        self.data: DatasetDict = load_data(self.task, recipe.data, progress=not quiet)
+        self.data: DatasetDict = load_data(self.task, recipe.data_folder, progress=not quiet)
         self._cuts: dict[str, _Cut] = {}
+        self.groups = self._groups()
+        if recipe.evaluation.robustness and self.kind.name not in KINDS:
+            raise DataError(f"evaluation.robustness: is for tasks of kind {' or '.join(KINDS)}, not {self.kind.name}")
         self.start = key_of(
-            {"model": fingerprint(self.base), "task": self.task.name, "seed": recipe.seed},
+            {"model": fingerprint(self.base), "task": asdict(self.task), "seed": recipe.seed},
             {split: rows_digest(rows) for split, rows in self._cut(self.base).rows.items()},
         )
 
+    def _groups(self) -> dict[str, list[str]]:
+        columns, split = self.recipe.evaluation.groups, self.task.evaluation_split
+        labels = group_labels(self.data[split], columns)
+        alike = len(self._cut(self.base).rows[split]) == len(self.data[split])
+        if columns and not (alike and self.kind.flips):
+            raise DataError(
+                f"evaluation.groups: an answer of task '{self.task.name}' is not right or wrong row by row",
+                hint="Leave `groups` out.",
+            )
+        return labels
+
     def _cut(self, checkpoint: Path) -> _Cut:
         """Cuts the texts by a checkpoint's own tokenizer, which a step may have changed; each tokenizer once."""
-        from transformers import AutoTokenizer
-
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-        key = key_of(tokenizer.get_vocab())
+        tokenizer = self.kind.load_processor(checkpoint)
+        key = key_of(self.kind.processor_key(tokenizer))
         if key not in self._cuts:
             length = self.recipe.max_length
             rows = {
                 split: preprocess(self.data[split], self.task, tokenizer, max_length=length, label2id=None)
-                for split in ("train", self.task.evaluation_split)
+                for split in (self.training_split, self.task.evaluation_split)
             }
             self._cuts[key] = _Cut(tokenizer, rows)
         return self._cuts[key]
 
     # Steps
 
-    def run_steps(self) -> list[_Done]:
+    def run_steps(self) -> list[Done]:
         """Does what is not done yet; the first model returned is the one that all others are compared with."""
         steps = self.recipe.steps
         begins_with_fine_tuning = steps[0].training is not None and not steps[0].methods
@@ -148,10 +153,10 @@ class _Bench:
             if record is None:
                 record = self._do(step, folder, key, before, teacher=done[0] if done else None)
             names = tuple(method_of(config).name for config in step.methods)
-            done.append(_Done(step.name, names, folder / "checkpoint", folder, key, record))
+            done.append(Done(step.name, names, folder / "checkpoint", folder, key, record))
         return done
 
-    def _original(self) -> _Done:
+    def _original(self) -> Done:
         """Measures the base model, which a recipe without leading fine-tuning starts from."""
         folder = self.work / "0-original"
         record = read_record(folder, self.start, checkpoint=self.base)
@@ -160,9 +165,9 @@ class _Bench:
             prepare(folder, self.start)
             record = self._measure(self.base, folder, self.start) | {"key": self.start, "seconds": 0.0, "findings": {}}
             write_json(folder / RECORD, record)
-        return _Done("original", (), self.base, folder, self.start, record)
+        return Done("original", (), self.base, folder, self.start, record)
 
-    def _do(self, step: Step, folder: Path, key: str, before: _Done | None, teacher: _Done | None) -> dict[str, Any]:
+    def _do(self, step: Step, folder: Path, key: str, before: Done | None, teacher: Done | None) -> dict[str, Any]:
         from transformers import set_seed
 
         prepare(folder, key)
@@ -172,16 +177,18 @@ class _Bench:
         cut = self._cut(before.checkpoint if before else self.base)
         # A method may change the tokenizer in place; the steps before keep theirs.
         cut = _Cut(copy.deepcopy(cut.tokenizer), cut.rows)
+        training = None
         if step.training is None:
             findings = self._at_once(model, step, cut)
         else:
-            findings = self._in_training(model, step, folder / "training", teacher, cut)
+            findings, training = self._in_training(model, step, folder / "training", teacher, cut)
         seconds = round(time.monotonic() - started, 1)
         checkpoint = folder / "checkpoint"
         save(model, checkpoint, tokenizer=cut.tokenizer)
         shutil.rmtree(folder / "training", ignore_errors=True)
         del model
         record = self._measure(checkpoint, folder, key) | {"key": key, "seconds": seconds, "findings": findings}
+        record["training"] = training and asdict(training)
         write_json(folder / RECORD, record)
         return record
 
@@ -207,9 +214,10 @@ class _Bench:
 
     def _at_once(self, model: PreTrainedModel, step: Step, cut: _Cut) -> dict[str, Any]:
         batches = list(self._calibration(model, step.calibration, cut))
-        train = self.data["train"]
-        texts = [text for column in self.task.columns for text in train[column]]
-        context = Context(calibration=batches, tokenizer=cut.tokenizer, texts=texts)
+        texts = self.kind.texts(self.task, self.data[self.training_split])
+        tokenizer = cut.tokenizer if self.kind.reads == "text" else None
+        cache = self.work.parent / "hfcompress_cache"
+        context = Context(calibration=batches, tokenizer=tokenizer, texts=texts, cache_dir=cache)
         findings: dict[str, Any] = {}
         for config in step.methods:
             method = method_of(config)
@@ -218,53 +226,76 @@ class _Bench:
         return findings
 
     def _in_training(
-        self, model: PreTrainedModel, step: Step, folder: Path, teacher: _Done | None, cut: _Cut
-    ) -> dict[str, Any]:
-        from transformers import DataCollatorWithPadding
-
+        self, model: PreTrainedModel, step: Step, folder: Path, teacher: Done | None, cut: _Cut
+    ) -> tuple[dict[str, Any], Training]:
         from hfcompress.methods.trainer import CompressionTrainer
         from hfcompress.methods.training import training_arguments
 
         assert step.training is not None
         taught = any(method_of(config).name == "distillation" for config in step.methods)
         learned_from = self._load(teacher) if taught else None
-        context = Context(teacher=learned_from, cache_dir=self.work.parent / "teacher_cache")
+        context = Context(teacher=learned_from, cache_dir=self.work.parent / "hfcompress_cache")
         parts = [part(config, context) for config in step.methods if (part := method_of(config).part)]
         del learned_from, context  # with a cache the teacher is dropped as soon as it has spoken
-        rows = self._labelled(model, cut.rows["train"])
+        rows = self._labelled(model, cut.rows[self.training_split])
         arguments = training_arguments(
             step.training, folder, seed=self.recipe.seed, examples=len(rows), quiet=self.quiet
         )
+        if self.kind.reads != "text":
+            arguments.train_sampling_strategy = "random"  # rows have no lengths,
+            arguments.remove_unused_columns = False  # and become what a model reads in the batch only
+        # Small updates are lost in 16-bit weights: they are trained in 32 bits and go back to what they were.
+        dtype = model.dtype
+        model.float()
         trainer = CompressionTrainer(
             model,
             arguments,
             parts=parts,
             train_dataset=rows,
-            data_collator=DataCollatorWithPadding(cut.tokenizer),
+            data_collator=self.kind.collator(cut.tokenizer),
             processing_class=cut.tokenizer,
         )
+        examples = self._watch(trainer, model, cut)
         trainer.train(resume_from_checkpoint=True)
         trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+        if model.dtype != dtype:
+            model.to(dtype)  # pyright: ignore[reportArgumentType]
         names = [method_of(config).name for config in step.methods]
-        return dict(zip(names, trainer.findings, strict=True))
+        findings = dict(zip(names, trainer.findings, strict=True))
+        return findings, training_of(trainer.state.log_history, examples)
+
+    def _watch(self, trainer: Trainer, model: PreTrainedModel, cut: _Cut) -> int:
+        """Lets a training measure itself for its curves; returns on how many rows."""
+        from hfcompress.methods.watching import MeasureWhileTraining
+
+        points = self.recipe.evaluation.curve_points
+        rows = cut.rows[self.task.evaluation_split]
+        rows = self._labelled(model, rows.select(range(min(_CURVE_ROWS, len(rows))), keep_in_memory=True))
+
+        def measure() -> dict[str, float]:
+            size = self.recipe.evaluation.batch_size
+            quality = evaluate_quality(model, rows, self.task, cut.tokenizer, batch_size=size, progress=False)
+            return {f"{EVALUATED}{name}": value for name, value in quality.metrics.items()}
+
+        if points:
+            MeasureWhileTraining(trainer, measure, points)
+        return len(rows) if points else 0
 
     # What steps work on
 
-    def _load(self, before: _Done | None) -> PreTrainedModel:
+    def _load(self, before: Done | None) -> PreTrainedModel:
         """Loads the model as the step before left it, or the base model with a head for the task."""
         return self._load_from(before.checkpoint) if before else self._with_head()
 
     def _load_from(self, checkpoint: Path) -> PreTrainedModel:
-        from transformers import AutoModelForSequenceClassification
-
-        return AutoModelForSequenceClassification.from_pretrained(checkpoint)
+        return self.kind.load(checkpoint)
 
     def _with_head(self) -> PreTrainedModel:
-        from transformers import AutoConfig, AutoModelForSequenceClassification
+        from transformers import AutoConfig
 
         config = AutoConfig.from_pretrained(self.base)
-        has_head = any(str(name).endswith("ForSequenceClassification") for name in config.architectures or ())
-        if has_head and self._head_fits(config):
+        has_head = self.kind.has_head(config)
+        if has_head and self.kind.head_fits(self.task, config):
             return self._load_from(self.base)
         first = self.recipe.steps[0]
         if first.methods or first.training is None:
@@ -272,44 +303,28 @@ class _Bench:
                 f"the model {self.recipe.model} has no head that is trained for {self.task.name}",
                 hint="Begin the recipe with a step of `training` alone, which fine-tunes it.",
             )
-        names = dict(enumerate(self.task.labels)) or {0: "score"}
-        return AutoModelForSequenceClassification.from_pretrained(
-            self.base,
-            num_labels=len(names),
-            id2label=names,
-            label2id={name: index for index, name in names.items()},
-            problem_type="regression" if self.task.kind == "regression" else None,
-            ignore_mismatched_sizes=has_head,  # only the head of another task is made anew
-        )
-
-    def _head_fits(self, config: Any) -> bool:
-        try:
-            align_labels(self.task, config.label2id)
-        except DataError:
-            return False
-        return config.num_labels == (len(self.task.labels) or 1)
+        # Only the head of another task is made anew.
+        return self.kind.load(self.base, ignore_mismatched_sizes=has_head, **self.kind.head(self.task))
 
     def _labelled(self, model: PreTrainedModel, rows: Dataset) -> Dataset:
         """Returns rows with the model's own label ids."""
         ids = align_labels(self.task, cast("Mapping[str, int]", model.config.label2id))
-        if list(ids) == sorted(ids):
-            return rows
-        return rows.map(lambda row: {"labels": ids[row["labels"]]}, keep_in_memory=True)
+        return self.kind.with_label_ids(rows, ids)
 
     def _calibration(self, model: PreTrainedModel, count: int, cut: _Cut) -> Iterator[Batch]:
-        from transformers import DataCollatorWithPadding
-
-        rows = self._labelled(model, cut.rows["train"]).shuffle(seed=self.recipe.seed, keep_in_memory=True)
+        train = cut.rows[self.training_split]
+        rows = self._labelled(model, train).shuffle(seed=self.recipe.seed, keep_in_memory=True)
         rows = rows.select(range(min(count, len(rows))), keep_in_memory=True)
-        collate, size = DataCollatorWithPadding(cut.tokenizer), self.recipe.evaluation.batch_size
+        collate, size = self.kind.collator(cut.tokenizer), self.recipe.evaluation.batch_size
         for start in range(0, len(rows), size):
             yield dict(collate([rows[i] for i in range(start, min(start + size, len(rows)))]))
 
     # The report
 
-    def report(self, done: Sequence[_Done]) -> tuple[Report, list[Answers]]:
+    def report(self, done: Sequence[Done]) -> tuple[Report, list[Answers]]:
         """Compares every step with the original: the model after the leading fine-tuning step, or the base."""
-        answers = [self._answers(each) for each in done]
+        answers = [replace(self._answers(each), groups=self.groups) for each in done]
+        costing = Costing(self.recipe, self.task, lambda each: self._cut(each).tokenizer)
         original = done[0].record
         primary = self.task.metrics[0]
         rows = tuple(
@@ -317,7 +332,7 @@ class _Bench:
                 name=each.name,
                 methods=each.methods,
                 metrics=each.record["metrics"],
-                retention=retention(each.record["metrics"][primary], original["metrics"][primary]),
+                retention=retention(each.record["metrics"][primary], original["metrics"][primary], primary),
                 parameters=each.record["parameters"],
                 bytes=each.record["bytes"],
                 speed=speed,
@@ -325,8 +340,9 @@ class _Bench:
                 findings=each.record["findings"],
                 comparison=compare(answers[0], given, self.task) if each is not done[0] else None,
                 usage=usage,
+                training=Training.of_record(kept) if (kept := each.record.get("training")) else None,
             )
-            for each, given, (speed, usage) in zip(done, answers, self._costs(done), strict=True)
+            for each, given, (speed, usage) in zip(done, answers, costing.costs(done), strict=True)
         )
         report = Report(
             name=self.recipe.name,
@@ -339,10 +355,12 @@ class _Bench:
             metric=primary,
             seed=self.recipe.seed,
             rows=rows,
+            grid=costing.grid(done[0], done[-1]),
+            robustness=costing.robustness(done[0], done[-1], self.data[self.task.evaluation_split]),
         )
         return report, answers
 
-    def _answers(self, done: _Done) -> Answers:
+    def _answers(self, done: Done) -> Answers:
         """Returns what a model answered when it was measured; it is measured again where that was lost."""
         kept = read_json(done.folder / ANSWERS)
         if not kept or kept["key"] != done.key:
@@ -356,33 +374,9 @@ class _Bench:
         values = self.recipe.to_dict()
         for field in {"model", "data"} & set(values):
             values[field] = _without_folders(values[field], always=field == "data")
+        if isinstance(values["task"], dict):
+            values["task"] = values["task"] | {"data": _without_folders(values["task"]["data"])}
         return values
-
-    def _costs(self, done: Sequence[_Done]) -> list[tuple[Speed | None, Usage]]:
-        """Times each step's model beside the original; kept with the step, since it is a measurement."""
-        asked = self.recipe.evaluation
-        original = None
-        costs: list[tuple[Speed | None, Usage]] = []
-        for each in done:
-            file = each.folder / COSTS
-            key = key_of(each.key, asked.model_dump(), describe_environment())
-            known = read_json(file)
-            if known and known["key"] == key:
-                costs.append((known["speed"] and Speed(**known["speed"]), Usage(**known["usage"])))
-                continue
-            logger.info("timing %s", each.name)
-            original = original or self._load_from(done[0].checkpoint)
-            model = self._load_from(each.checkpoint)
-            vocabulary = min(original.config.vocab_size, model.config.vocab_size)
-            inputs = speed_inputs(vocabulary, asked.speed_batch_size, asked.speed_sequence_length)
-            speed = None
-            if each is not done[0]:
-                speed = measure_speed(original, model, inputs, repeats=asked.speed_repeats)
-            del model
-            usage = measure_usage(partial(self._load_from, each.checkpoint), inputs)
-            write_json(file, {"key": key, "speed": speed and asdict(speed), "usage": asdict(usage)})
-            costs.append((speed, usage))
-        return costs
 
 
 def find_model(name: str, *, progress: bool) -> Path:
@@ -401,6 +395,12 @@ def find_model(name: str, *, progress: bool) -> Path:
     from huggingface_hub import snapshot_download
 
     return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model"]))
+
+
+def _training_split(task: Task) -> str:
+    if task.training_split is None:
+        raise DataError(f"task '{task.name}' has no training data, which a run needs at least to calibrate on")
+    return task.training_split
 
 
 def _without_folders(name: str, *, always: bool = False) -> str:

@@ -8,6 +8,7 @@ import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,20 @@ PREDICTIONS = "predictions.json"
 RECORD = "step.json"
 ANSWERS = "answers.json"
 COSTS = "costs.json"
+GRID = "grid.json"
+ROBUSTNESS = "robustness.json"
+
+
+@dataclass(frozen=True)
+class Done:
+    """A model of a run that is saved and measured: the original, or what a step made."""
+
+    name: str
+    methods: tuple[str, ...]
+    checkpoint: Path
+    folder: Path
+    key: str
+    record: dict[str, Any]
 
 
 def refuse_foreign(output: Path) -> None:
@@ -127,10 +142,10 @@ def fingerprint(checkpoint: Path) -> dict[str, str]:
 
 
 def rows_digest(rows: Dataset) -> str:
-    """Returns a digest of a tokenized split, row by row."""
+    """Returns a digest of an encoded split, row by row; rows hold numbers, texts and, of images, bytes."""
     hasher = hashlib.sha256()
     for start in range(0, len(rows), 1000):
-        hasher.update(json.dumps(rows[start : start + 1000], sort_keys=True).encode())
+        hasher.update(json.dumps(rows[start : start + 1000], sort_keys=True, default=bytes.hex).encode())
     return hasher.hexdigest()
 
 

@@ -10,25 +10,27 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from hfcompress.errors import CheckpointError, HFCompressError
 from hfcompress.evaluation.answer_book import AnswerBook, seal
 from hfcompress.evaluation.comparison import compare
 from hfcompress.evaluation.cost import Speed, measure_speed, speed_inputs
+from hfcompress.evaluation.groups import group_labels
 from hfcompress.evaluation.quality import Quality, evaluate_quality, score_task
 from hfcompress.evaluation.report import Report, describe_environment, retention
+from hfcompress.evaluation.robustness import CHANGES, evaluate_changed
 from hfcompress.evaluation.usage import count_operations
 from hfcompress.modeling.measure import count_parameters, weight_bytes
 from hfcompress.pipeline import find_model
 from hfcompress.publishing.metadata import License
 from hfcompress.publishing.model_card import card_texts, quant_method, read_config, read_report
 from hfcompress.publishing.page import PAGE, page_of_report
-from hfcompress.publishing.pictures import PICTURE, drawn_from
+from hfcompress.publishing.pictures import PICTURES, drawn_from
 from hfcompress.run_folder import PREDICTIONS, REPORT
-from hfcompress.tasks import get_task, load_data, preprocess
+from hfcompress.tasks import kind_of, load_data, preprocess, task_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -37,6 +39,8 @@ State = Literal["holds", "fails", "not checked"]
 
 # Answers are compared one by one; of what is computed from them floats keep this much on any machine.
 _EXACT = 1e-6
+# Numbers that a model computes are alike, as shares of them, on machines that add up in other orders.
+_ALIKE = 1e-4
 # An interval knows the noise within one run. Between runs a ratio moves more, with what else the machine does.
 BETWEEN_RUNS = 0.15
 _CONDITIONS = ("batch_size", "sequence_length", "repeats")
@@ -72,6 +76,8 @@ class Measured:
         speed: Beside the original, or None without one.
         without: Why there is no original.
         environment: Where this was measured.
+        groups: Each example's group, by the columns that the report's recipe names.
+        robustness: The checkpoint's metrics on changed texts, by change.
     """
 
     quality: Quality
@@ -84,6 +90,8 @@ class Measured:
     speed: Speed | None
     without: str
     environment: dict[str, str]
+    groups: dict[str, list[str]] = field(default_factory=dict)
+    robustness: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
 def verify(
@@ -111,25 +119,23 @@ def measure_again(
     directory: Path, *, original: str | None = None, data: str | None = None, progress: bool = True
 ) -> Measured:
     """Measures a folder's checkpoint as its report says that it was measured; see `verify`."""
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
-
     report = read_report(directory)
-    task, settings = get_task(report.task), report.recipe.get("evaluation") or {}
+    task, settings = task_of(report.task, report.recipe), report.recipe.get("evaluation") or {}
+    kind = kind_of(task)
     with _threads(report):
-        model = AutoModelForSequenceClassification.from_pretrained(directory)
-        tokenizer = AutoTokenizer.from_pretrained(directory)
+        model = kind.load(directory)
+        tokenizer = kind.load_processor(directory)
         rows = load_data(task, data, progress=progress)[task.evaluation_split]
-        labels = model.config.label2id if task.labels else None
-        length = _whole(report.recipe.get("max_length"), 128)
-        examples = preprocess(rows, task, tokenizer, max_length=length, label2id=labels)
+        labels = cast("dict[str, int]", model.config.label2id) if task.labels else None
+        cut = _whole(report.recipe.get("max_length"), 128)
+        examples = preprocess(rows, task, tokenizer, max_length=cut, label2id=labels)
         batch = _whole(settings.get("batch_size"), 32)
         quality = evaluate_quality(model, examples, task, tokenizer, batch_size=batch, progress=progress)
-        inputs = speed_inputs(
-            model.config.vocab_size,
-            _whole(settings.get("speed_batch_size"), 8),
-            _whole(settings.get("speed_sequence_length"), 128),
-        )
-        first, without = _original(directory, report, original, model, progress)
+        speed_batch = _whole(settings.get("speed_batch_size"), 8)
+        length = _whole(settings.get("speed_sequence_length"), 128)
+        inputs = kind.speed_inputs(model.config, speed_batch)
+        inputs = inputs or speed_inputs(model.config.vocab_size, speed_batch, length)
+        first, without = _original(directory, report, original, kind.head(task), progress)
         repeats = max(3, _whole(settings.get("speed_repeats"), 20))
         return Measured(
             quality=quality,
@@ -142,6 +148,14 @@ def measure_again(
             speed=None if first is None else measure_speed(first, model, inputs, repeats=repeats),
             without=without,
             environment=describe_environment(),
+            groups=group_labels(rows, settings.get("groups") or ()),
+            robustness={
+                each.change: evaluate_changed(
+                    model, rows, task, tokenizer, each.change, max_length=cut, batch_size=batch
+                ).metrics
+                for each in report.robustness
+                if each.change in CHANGES
+            },
         )
 
 
@@ -178,9 +192,18 @@ def _result(report: Report, now: Measured) -> list[Check]:
         _equal("metric", report.metric, now.quality.primary),
         _equal("metrics measured", sorted(last.metrics), sorted(now.quality.metrics)),
     ]
+    # Losses are sums of real numbers, which another processor rounds otherwise; ids and texts are the same on any.
+    exact = kind_of(task_of(report.task, report.recipe)).exact
     checks += [
-        _close(f"{last.name}: {name}", last.metrics.get(name, math.nan), value)
+        _close(f"{last.name}: {name}", last.metrics.get(name, math.nan), value, within=_EXACT if exact else _ALIKE)
         for name, value in now.quality.metrics.items()
+    ]
+    checks += [
+        _close(
+            f"{last.name}: {name} with {each.change}", value, now.robustness.get(each.change, {}).get(name, math.nan)
+        )
+        for each in report.robustness
+        for name, value in each.compressed.items()
     ]
     checks.append(_equal(f"{last.name}: parameters", last.parameters, now.parameters))
     checks.append(_equal(f"{last.name}: bytes", last.bytes, now.bytes))
@@ -199,8 +222,10 @@ def _kept(report: Report, book: AnswerBook, now: Measured) -> list[Check]:
     """Computes every row's metrics again from the answers that the run kept."""
     if [row.name for row in report.rows] != [row.name for row in book.rows]:
         return [Check(figure="rows", state="fails", said=f"{PREDICTIONS} holds answers of other rows")]
-    task = get_task(report.task)
+    task = task_of(report.task, report.recipe)
     checks = [_equal("right answers kept", book.references, now.quality.references, shown=False)]
+    if book.groups or now.groups:
+        checks.append(_equal("groups kept", book.groups, now.groups, shown=False))
     wrong = len({len(book.references), *(len(row.predictions) for row in book.rows)}) != 1
     if wrong or not book.references:
         return [*checks, Check(figure=PREDICTIONS, state="fails", said="its rows are not of one length")]
@@ -211,7 +236,9 @@ def _kept(report: Report, book: AnswerBook, now: Measured) -> list[Check]:
         checks += [
             _close(f"{row.name}: {name}, from its answers", row.metrics.get(name), score[name]) for name in score
         ]
-        kept = retention(score[report.metric], scores[0][report.metric]) if report.metric in score else math.nan
+        kept = math.nan
+        if report.metric in score:
+            kept = retention(score[report.metric], scores[0][report.metric], report.metric)
         checks.append(_close(f"{row.name}: retention", row.retention, kept))
         expected = compare(book.answers(0), book.answers(place), task) if place else None
         alike = _alike(row.comparison and asdict(row.comparison), expected and asdict(expected))
@@ -233,6 +260,8 @@ def _speed(report: Report, now: Measured) -> list[Check]:
         )
         checks.append(_check(f"{row.name}: speed-up in itself", whole, "" if whole else "ratio, ends and times differ"))
         asked = [settings.get(f"speed_{name}", getattr(speed, name)) for name in _CONDITIONS]
+        if kind_of(task_of(report.task, report.recipe)).reads != "text":
+            asked[_CONDITIONS.index("sequence_length")] = 0
         stated = [getattr(speed, name) for name in _CONDITIONS]
         alike = stated == asked and str(speed.threads) == report.environment.get("threads")
         checks.append(
@@ -260,8 +289,11 @@ def speeds_agree(stated: Speed, measured: Speed) -> bool:
 def _told_twice(report: Report) -> list[Check]:
     """What the report repeats of its recipe."""
     recipe = report.recipe
-    pairs = {"name": report.name, "task": report.task, "seed": report.seed, "model": report.base_model}
-    return [_equal(f"{key} of the run", value, recipe.get(key, value)) for key, value in pairs.items()]
+    pairs = {"name": report.name, "seed": report.seed, "model": report.base_model}
+    checks = [_equal(f"{key} of the run", value, recipe.get(key, value)) for key, value in pairs.items()]
+    described = recipe.get("task", report.task)
+    name = described if isinstance(described, str) else task_of(report.task, recipe).name
+    return [*checks, _equal("task of the run", report.task, name)]
 
 
 def _documents(directory: Path, report: Report) -> list[Check]:
@@ -272,9 +304,10 @@ def _documents(directory: Path, report: Report) -> list[Check]:
         checks.append(_document(path, text, str(path.relative_to(directory))))
     if (directory / PAGE).is_file():
         checks.append(_document(directory / PAGE, page_of_report(report), PAGE))
-    if (directory / PICTURE).is_file():
-        drawn = drawn_from(report).encode() in (directory / PICTURE).read_bytes()
-        checks.append(_check(PICTURE, drawn, "drawn from this report" if drawn else "drawn from another report"))
+    for picture in PICTURES:
+        if (directory / picture).is_file():
+            drawn = drawn_from(report).encode() in (directory / picture).read_bytes()
+            checks.append(_check(picture, drawn, "drawn from this report" if drawn else "drawn from another report"))
     return checks
 
 
@@ -307,11 +340,10 @@ def _licence(card: Path) -> License | None:
 
 
 def _original(
-    directory: Path, report: Report, given: str | None, model: PreTrainedModel, progress: bool
+    directory: Path, report: Report, given: str | None, head: dict[str, Any], progress: bool
 ) -> tuple[PreTrainedModel | None, str]:
     """Returns a model of the original's shape, which is all that its cost depends on, or why there is none."""
-    from transformers import AutoModelForSequenceClassification
-
+    kind = kind_of(task_of(report.task, report.recipe))
     kept = directory.with_name(f"{directory.name}.work") / f"1-{report.rows[0].name}" / "checkpoint"
     try:
         if given is not None:
@@ -322,9 +354,7 @@ def _original(
             return None, f"the original ({report.base_model}) is not here; name it with --original"
         else:
             folder = find_model(report.base_model, progress=progress)
-        return AutoModelForSequenceClassification.from_pretrained(
-            folder, num_labels=model.config.num_labels, ignore_mismatched_sizes=True
-        ), ""
+        return kind.load(folder, ignore_mismatched_sizes=True, **head), ""
     except (HFCompressError, OSError) as error:
         said = str(error).partition("\n")[0]
         return None, f"the original cannot be had ({said}); name it with --original"
@@ -356,9 +386,10 @@ def _equal(figure: str, stated: object, found: object, *, shown: bool = True) ->
     return _check(figure, stated == found, said if shown else "" if stated == found else "others were found")
 
 
-def _close(figure: str, stated: float | None, found: float) -> Check:
+def _close(figure: str, stated: float | None, found: float, *, within: float = _EXACT) -> Check:
     stated = math.nan if stated is None else stated
-    right = abs(stated - found) <= _EXACT or (math.isnan(stated) and math.isnan(found))
+    margin = within * max(1, abs(found))
+    right = stated == found or abs(stated - found) <= margin or (math.isnan(stated) and math.isnan(found))
     return _check(figure, right, f"{found:.4f}" if right else f"{stated:.6f} in the report, {found:.6f} found")
 
 
@@ -373,16 +404,23 @@ def _alike(stated: Any, found: Any) -> bool:
     if isinstance(found, list | tuple):
         return isinstance(stated, list | tuple) and len(stated) == len(found) and all(map(_alike, stated, found))
     if isinstance(found, float) and isinstance(stated, float):
-        return abs(stated - found) <= _EXACT or (math.isnan(stated) and math.isnan(found))
+        margin = _EXACT * max(1, abs(found))
+        return stated == found or abs(stated - found) <= margin or (math.isnan(stated) and math.isnan(found))
     return stated == found
 
 
-def _agreement(kept: Sequence[float], now: Sequence[float]) -> str:
+def _agreement(kept: Sequence[Any], now: Sequence[Any]) -> str:
     """Returns what differs between two models' answers, or nothing."""
     if len(kept) != len(now):
         return f"{len(kept)} were kept, {len(now)} given now"
-    other = sum(not math.isclose(one, two, rel_tol=1e-4, abs_tol=1e-4) for one, two in zip(kept, now, strict=True))
+    other = sum(not _same_answer(one, two) for one, two in zip(kept, now, strict=True))
     return f"{other} of {len(now)} differ from those that the run kept" if other else ""
+
+
+def _same_answer(one: Any, other: Any) -> bool:
+    if isinstance(one, list):
+        return len(one) == len(other) and all(map(_same_answer, one, other))
+    return one == other if isinstance(one, str) else math.isclose(one, other, rel_tol=_ALIKE, abs_tol=_ALIKE)
 
 
 def _whole(value: Any, default: int) -> int:

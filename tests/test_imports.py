@@ -16,6 +16,7 @@ FLOORS = (
     {"recipe"},
     {"publishing"},
     {"run_folder"},
+    {"costing"},
     {"pipeline"},
     {"verification"},
     {"commands"},

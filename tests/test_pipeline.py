@@ -79,6 +79,12 @@ def test_a_run_ends_with_a_checkpoint_that_plain_transformers_loads(finished: tu
         lost = row.metrics["accuracy"] - report.rows[0].metrics["accuracy"]
         assert row.comparison.differences["accuracy"].value == lost
     assert "quantized linear layers" in report.rows[-1].usage.parts
+    assert [(each.batch_size, each.sequence_length) for each in report.grid] == [(1, 32), (8, 32)]  # it reads 32
+    for row in report.rows:
+        assert (row.training is not None) == (row.name in ("fine_tune", "prune"))
+    trained = report.rows[1].training
+    assert trained is not None and {curve.name for curve in trained.losses} == {"loss", "loss_labels", "loss_soft"}
+    assert [curve.name for curve in trained.metrics] == ["accuracy"] and len(trained.metrics[0].steps) == 4
     assert (output / "report.html").is_file() and (output / "pictures" / "quality.png").is_file()
     model = AutoModelForSequenceClassification.from_pretrained(output)
     assert torch.isfinite(logits(model, batches(1)[0])).all()

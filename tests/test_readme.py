@@ -1,4 +1,4 @@
-"""The README's Python runs as it stands, and its recipe is one."""
+"""The README's Python runs as it stands, and its recipes are some."""
 
 from __future__ import annotations
 
@@ -34,7 +34,21 @@ def test_the_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_the_recipe_is_valid(tmp_path: Path) -> None:
-    (block,) = blocks("yaml")
+    block, more, description = blocks("yaml")
     (tmp_path / "my-sst2.yaml").write_text(block)
     recipe = load_recipe(tmp_path / "my-sst2.yaml", ("steps.low_rank.keep=0.6",))
     assert [step.name for step in recipe.steps] == ["fine_tune", "prune", "low_rank", "quantization"]
+    (tmp_path / "more.yaml").write_text(block + more)
+    whole = load_recipe(tmp_path / "more.yaml")
+    assert whole.push is not None and whole.push.tag == "v1.0" and whole.evaluation.robustness == ("typos", "case")
+    (tmp_path / "described.yaml").write_text(re.sub(r"^task:.*\n", description, block, flags=re.MULTILINE))
+    assert load_recipe(tmp_path / "described.yaml").described_task.metrics == ("overall_f1",)
+
+
+def test_the_table_of_kinds_is_whole() -> None:
+    from hfcompress.tasks import KINDS, get_task
+
+    rows = dict(re.findall(r"^\| `(\w+)` \| ([^|]*`[\w/-]+`[^|]*|GLUE[^|]*) \|", README.read_text(), re.MULTILINE))
+    for name in KINDS:
+        for task in re.findall(r"`([\w/-]+)`", rows[name]):
+            assert get_task(task).kind == name

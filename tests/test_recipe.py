@@ -488,3 +488,50 @@ def test_no_mutation_raises_anything_but_a_recipe_error(text: str, overrides: li
         str(error).encode()
     else:
         json.dumps(recipe.to_dict(), allow_nan=False)
+
+
+DESCRIBED = """name: a
+model: org/base
+task:
+  kind: token_classification
+  data: org/data
+  labels: [O, B-thing, I-thing]
+steps:
+  - training: {epochs: 1}
+"""
+
+
+def test_a_task_may_be_described() -> None:
+    recipe = parse_recipe(DESCRIBED, "a.yaml", ["task.metrics=[overall_recall]", "task.config=small"])
+    task = recipe.described_task
+    assert (task.name, task.kind, task.columns, task.label) == ("data", "token_classification", ("tokens",), "ner_tags")
+    assert task.metrics == ("overall_recall",) and (task.dataset, task.dataset_config) == ("org/data", "small")
+    assert recipe.data_folder is None
+    assert recipe.to_dict()["task"]["labels"] == ["O", "B-thing", "I-thing"]
+    assert parse_recipe(json.dumps(recipe.to_dict()), "b.yaml") == recipe
+
+
+@pytest.mark.parametrize(
+    ("change", "line", "message"),
+    [
+        (("kind: token_classification", "kind: tagging"), 4, "task.kind: should be 'classification', "),
+        (("data: org/data", "data: somewhere"), 5, r"task.data: should be a Hub id \(org/name\), or a folder"),
+        (("data: org/data", "data: https://example.org/x"), 5, "task.data: a URL is not allowed"),
+        (("data: org/data", "data: ./not-there"), 5, "task.data: there is no folder ./not-there"),
+        (("data: org/data", "data: org/data\n  config: ../../etc"), 6, "task.config: should be letters"),
+        (("labels: [O", "colums: [x]\n  labels: [O"), 6, "task.colums: unknown field; did you mean 'columns'"),
+        (("[O, B-thing, I-thing]", "[O]"), 3, "needs the names of at least two labels"),
+        (("[O, B-thing, I-thing]", "[O, A, A]"), 3, "each may be named once"),
+        (
+            ("  data", "  metrics: [./evil.py]\n  data"),
+            3,
+            "'./evil.py' is none of token_classification; allowed: overall_",
+        ),
+        (("token_classification", "causal_lm"), 3, "the answers of causal_lm are no labels"),
+    ],
+)
+def test_a_wrong_description_of_a_task_is_refused_where_it_stands(
+    change: tuple[str, str], line: int, message: str
+) -> None:
+    with pytest.raises(RecipeError, match=rf"a\.yaml:{line}: .*{message}"):
+        parse_recipe(DESCRIBED.replace(*change), "a.yaml")

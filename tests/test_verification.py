@@ -30,7 +30,9 @@ model: {model}
 task: sst2
 data: {data}
 max_length: 16
-evaluation: {{batch_size: 16, speed_batch_size: 2, speed_sequence_length: 8, speed_repeats: 5}}
+evaluation:
+  {{batch_size: 16, speed_batch_size: 2, speed_sequence_length: 8, speed_repeats: 5,
+   groups: [sentence], robustness: [typos]}}
 steps:
   - low_rank: {{keep: 0.6}}
     calibration: 32
@@ -128,7 +130,7 @@ def test_every_figure_of_the_report_altered_fails(result: Path, measured: Measur
 
 # What only the run itself could know, and is not in the folder any more.
 UNKNOWABLE = re.compile(
-    r"format|environment\..*|recipe\..*|rows\.\d\.(seconds|findings\..*)|rows\.\d\.usage\.(memory|load_seconds|parts\..*)"
+    r"format|grid\..*|robustness\.\d\.original\..*|environment\..*|recipe\..*|rows\.\d\.(seconds|findings\..*)|rows\.\d\.usage\.(memory|load_seconds|parts\..*)"
     r"|rows\.0\.bytes|rows\.1\.(bytes|parameters|usage\.operations)|rows\.\d\.speed\..*"
 )
 
@@ -206,9 +208,9 @@ def test_a_missing_document_fails(name: str, result: Path, measured: Measured) -
 def test_a_picture_of_another_report_fails(result: Path, measured: Measured) -> None:
     picture = result / "pictures" / "quality.png"
     report = Report.from_json((result / "report.json").read_text())
-    from hfcompress.publishing.pictures import write_picture
+    from hfcompress.publishing.pictures import write_pictures
 
-    write_picture(result, replace(report, name="other"))
+    write_pictures(result, replace(report, name="other"))
     assert picture.is_file() and fails(result, measured)
 
 

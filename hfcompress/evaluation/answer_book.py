@@ -5,14 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Annotated, Literal
 
 from pydantic import Field, TypeAdapter, ValidationError
 
 from hfcompress.errors import CheckpointError
 from hfcompress.evaluation.comparison import Answers
-from hfcompress.evaluation.records import STRICT
+from hfcompress.evaluation.records import STRICT, Values
 from hfcompress.evaluation.report import Report
 
 
@@ -22,14 +22,14 @@ class RowAnswers:
 
     Attributes:
         name: The row of the report.
-        predictions: Label ids of the task, or numbers, one an example.
-        confidences: The probability given to each prediction; nothing in regression.
+        predictions: Label ids of the task, numbers, texts or lists of these, one an example.
+        confidences: The probability given to each prediction; nothing where answers are not label ids.
     """
 
     __pydantic_config__ = STRICT
 
     name: str
-    predictions: list[int] | list[float]
+    predictions: Values
     confidences: list[float]
 
 
@@ -41,6 +41,7 @@ class AnswerBook:
         format: The version of this record.
         report: SHA-256 of the report's JSON, by which a report that was altered afterwards is known.
         references: The right answers, in the split's order.
+        groups: Each example's group, by column of the data; empty where the recipe names none.
         rows: One for each row of the report, in its order.
     """
 
@@ -48,8 +49,9 @@ class AnswerBook:
 
     format: Literal[1] = 1
     report: str
-    references: list[int] | list[float]
+    references: Values
     rows: Annotated[tuple[RowAnswers, ...], Field(min_length=1)]
+    groups: dict[str, list[str]] = field(default_factory=dict)
 
     @classmethod
     def of_run(cls, report: Report, answers: Sequence[Answers]) -> AnswerBook:
@@ -58,12 +60,17 @@ class AnswerBook:
             RowAnswers(name=row.name, predictions=each.predictions, confidences=each.confidences)
             for row, each in zip(report.rows, answers, strict=True)
         )
-        return cls(report=seal(report.to_json()), references=answers[0].references, rows=rows)
+        return cls(report=seal(report.to_json()), references=answers[0].references, rows=rows, groups=answers[0].groups)
 
     def answers(self, place: int) -> Answers:
         """Returns the answers of one row."""
         row = self.rows[place]
-        return Answers(predictions=row.predictions, references=self.references, confidences=row.confidences)
+        return Answers(
+            predictions=row.predictions,
+            references=self.references,
+            confidences=row.confidences,
+            groups=self.groups,
+        )
 
     def to_json(self) -> str:
         """Returns the book as JSON text, on few lines: it holds a number for every example."""

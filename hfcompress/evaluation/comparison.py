@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from hfcompress.errors import DataError
-from hfcompress.evaluation.metrics import score
-from hfcompress.evaluation.records import STRICT, Count, Figure
-from hfcompress.tasks import Task
+from hfcompress.evaluation.additive import entities
+from hfcompress.evaluation.groups import GroupChange, group_changes, worst_group
+from hfcompress.evaluation.metrics import METRICS, score
+from hfcompress.evaluation.records import STRICT, Count, Figure, Values
+from hfcompress.tasks import Task, kind_of
 
 _BINS = 15
-CONFIDENCE_DIGITS = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,17 +22,19 @@ class Answers:
     """What a model answered on a split, in the split's order.
 
     Attributes:
-        predictions: Label ids of the task, or numbers in regression.
+        predictions: Label ids of the task, numbers in regression, or what its kind answers with.
         references: The right ones.
-        confidences: The probability that the model gave to its own answer; nothing in regression. Rounded, so
-            that what is computed from a record is what was computed in the run.
+        confidences: The probability that the model gave to its own answer; nothing where answers are not label
+            ids. Rounded, so that what is computed from a record is what was computed in the run.
+        groups: Each example's group, by column of the data.
     """
 
     __pydantic_config__ = STRICT
 
-    predictions: list[int] | list[float]
-    references: list[int] | list[float]
+    predictions: Values
+    references: Values
     confidences: list[float]
+    groups: dict[str, list[str]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,8 +59,8 @@ class ClassChange:
     """What became of the examples of one class.
 
     Attributes:
-        label: The class.
-        examples: How many examples are of it.
+        label: The class, or the type of entity.
+        examples: How many examples, or entities, are of it.
         before: The share of them that the original got right; NaN where there are none.
         after: The share that this model gets right.
     """
@@ -75,13 +79,14 @@ class Comparison:
 
     Attributes:
         differences: By metric.
-        flips: How many examples are answered otherwise; None in regression.
+        flips: How many examples are answered otherwise; None where answers are numbers.
         flips_were_right: How many of the flips the original had right.
         flips_are_right: How many of them this model has right.
-        classes: Change by class; empty in regression.
+        classes: Change by class, or by type of entity; empty where there are none.
         calibration_before: The original's expected calibration error, 15 bins of equal width (Guo et al. 2017);
-            NaN in regression.
+            NaN where answers are not label ids.
         calibration_after: This model's.
+        groups: Change by group, where the recipe names columns.
     """
 
     __pydantic_config__ = STRICT
@@ -93,12 +98,18 @@ class Comparison:
     classes: tuple[ClassChange, ...]
     calibration_before: Figure
     calibration_after: Figure
+    groups: tuple[GroupChange, ...] = ()
 
     @property
     def worst_class(self) -> ClassChange | None:
         """The class that lost most, or None where none lost."""
         lost = [each for each in self.classes if each.after < each.before]
         return min(lost, key=lambda each: each.after - each.before, default=None)
+
+    @property
+    def worst_group(self) -> GroupChange | None:
+        """The group that lost most, of those that are large enough to tell; None where none lost."""
+        return worst_group(self.groups)
 
 
 def compare(original: Answers, compressed: Answers, task: Task) -> Comparison:
@@ -115,7 +126,7 @@ def compare(original: Answers, compressed: Answers, task: Task) -> Comparison:
     if original.references != compressed.references or not original.references:
         raise DataError(f"task '{task.name}': the two models were not measured on the same examples")
     differences = {name: _difference(name, original, compressed) for name in task.metrics}
-    if task.kind == "regression":
+    if not kind_of(task).flips:
         return Comparison(
             differences=differences,
             flips=None,
@@ -127,15 +138,23 @@ def compare(original: Answers, compressed: Answers, task: Task) -> Comparison:
         )
     triples = list(zip(original.references, original.predictions, compressed.predictions, strict=True))
     flipped = [(right, before, after) for right, before, after in triples if before != after]
+    rights = [(_is_right(before, right), _is_right(after, right)) for right, before, after in triples]
     return Comparison(
         differences=differences,
         flips=len(flipped),
-        flips_were_right=sum(before == right for right, before, _ in flipped),
-        flips_are_right=sum(after == right for right, _, after in flipped),
-        classes=tuple(_class_change(label, place, triples) for place, label in enumerate(task.labels)),
+        flips_were_right=sum(_is_right(before, right) for right, before, _ in flipped),
+        flips_are_right=sum(_is_right(after, right) for right, _, after in flipped),
+        classes=_class_changes(task, triples),
         calibration_before=calibration_error(original),
         calibration_after=calibration_error(compressed),
+        groups=group_changes(original.groups, rights),
     )
+
+
+def _is_right(prediction: Any, reference: Any) -> bool:
+    if isinstance(prediction, str):
+        return METRICS["exact_match"]([prediction], [reference]) == 1
+    return prediction == reference
 
 
 def calibration_error(answers: Answers) -> float:
@@ -166,7 +185,30 @@ def _difference(metric: str, original: Answers, compressed: Answers) -> Differen
     return Difference(value=after - before, low=float(low), high=float(high))
 
 
-def _class_change(label: str, place: int, triples: Sequence[tuple[float, float, float]]) -> ClassChange:
+def _class_changes(task: Task, triples: Sequence[tuple[Any, Any, Any]]) -> tuple[ClassChange, ...]:
+    if triples and isinstance(triples[0][0], list):
+        return _entity_changes(task, triples) if task.labels else ()
+    return tuple(_class_change(label, place, triples) for place, label in enumerate(task.labels))
+
+
+def _entity_changes(task: Task, triples: Sequence[tuple[Any, Any, Any]]) -> tuple[ClassChange, ...]:
+    """What became of the entities of each type: how many of those that are there are found."""
+    types = dict.fromkeys(label.partition("-")[2] for label in task.labels if label != "O")
+    there = dict.fromkeys(types, 0)
+    found = {kind: [0, 0] for kind in types}
+    for right, before, after in triples:
+        known, *said = (entities(tags) for tags in (right, before, after))
+        for entity in known:
+            there[entity[0]] += 1
+            for place, each in enumerate(said):
+                found[entity[0]][place] += entity in each
+    shares = {kind: [count / there[kind] if there[kind] else math.nan for count in found[kind]] for kind in types}
+    return tuple(
+        ClassChange(label=kind, examples=there[kind], before=shares[kind][0], after=shares[kind][1]) for kind in types
+    )
+
+
+def _class_change(label: str, place: int, triples: Sequence[tuple[Any, Any, Any]]) -> ClassChange:
     own = [(before == place, after == place) for right, before, after in triples if right == place]
     return ClassChange(
         label=label,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -31,7 +31,7 @@ class Speed:
         original_seconds: The original's median time of one forward pass.
         compressed_seconds: The compressed model's.
         batch_size: Rows of the batch.
-        sequence_length: Tokens a row.
+        sequence_length: Tokens a row; 0 where rows are not made of tokens.
         threads: PyTorch's threads during the measurement.
         repeats: Timed passes of each model.
     """
@@ -64,23 +64,24 @@ def measure_speed(
     Args:
         original: The model to compare with.
         compressed: The model to judge. Both are left in the mode they were in.
-        inputs: Arguments of both models; `input_ids` is (batch, tokens).
+        inputs: Arguments of both models: `input_ids` (batch, tokens), or others with the batch first.
         repeats: Timed passes of each, at least 3, after a few that are not counted.
 
     Returns:
         Medians and their ratio, with a bootstrap interval over the repeats.
 
     Raises:
-        ConfigError: Too few repeats, or no `input_ids`.
+        ConfigError: Too few repeats, no inputs, or `input_ids` of another shape.
     """
     import numpy as np
     import torch
 
     if repeats < _FEWEST_REPEATS:
         raise _wrong("repeats", f"must be at least {_FEWEST_REPEATS}, not {repeats}")
-    if "input_ids" not in inputs or inputs["input_ids"].ndim != 2:
-        raise _wrong("inputs", "must hold 'input_ids' of two dimensions (batch, tokens)")
-    batch_size, sequence_length = inputs["input_ids"].shape
+    if not inputs or ("input_ids" in inputs and inputs["input_ids"].ndim != 2):
+        raise _wrong("inputs", "must hold 'input_ids' of two dimensions (batch, tokens), or other inputs")
+    batch_size = len(next(iter(inputs.values())))
+    sequence_length = inputs["input_ids"].shape[1] if "input_ids" in inputs else 0
     runs = [(model, _to_device(inputs, model)) for model in (original, compressed)]
     times = np.empty((repeats, 2))
     with inferring(original, compressed):
@@ -102,6 +103,35 @@ def measure_speed(
         sequence_length=sequence_length,
         threads=torch.get_num_threads(),
         repeats=repeats,
+    )
+
+
+def measure_grid(
+    original: nn.Module,
+    compressed: nn.Module,
+    inputs: Callable[[int, int], Mapping[str, torch.Tensor]],
+    *,
+    batch_sizes: Sequence[int],
+    sequence_lengths: Sequence[int],
+    repeats: int = 10,
+) -> tuple[Speed, ...]:
+    """Times two models by turns at every batch size and length.
+
+    Args:
+        original: The model to compare with.
+        compressed: The model to judge.
+        inputs: Makes both models' arguments for a batch size and a length.
+        batch_sizes: Rows of a batch.
+        sequence_lengths: Tokens of a row.
+        repeats: Timed passes of each model at each place, at least 3.
+
+    Raises:
+        ConfigError: Too few repeats.
+    """
+    return tuple(
+        measure_speed(original, compressed, inputs(batch_size, length), repeats=repeats)
+        for batch_size in batch_sizes
+        for length in sequence_lengths
     )
 
 

@@ -1,15 +1,17 @@
-"""The metrics by name, as scikit-learn and SciPy define them, and not a number where they are undefined."""
+"""The metrics by name, each as its field defines it, and not a number where it is undefined."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
+from typing import Any
 
 from hfcompress.configuration import suggest
 from hfcompress.errors import DataError
+from hfcompress.evaluation.additive import ADDITIVE
 
-Values = Sequence[int] | Sequence[float]
+Values = Sequence[Any]
 
 
 def score(names: Sequence[str], predictions: Values, references: Values) -> dict[str, float]:
@@ -17,7 +19,7 @@ def score(names: Sequence[str], predictions: Values, references: Values) -> dict
 
     Args:
         names: Names from `METRICS`.
-        predictions: One class id (or number, in regression) a row.
+        predictions: One answer an example, of the form that the task's kind gives.
         references: The right ones, in the same order.
 
     Returns:
@@ -49,6 +51,23 @@ def f1(predictions: Values, references: Values) -> float:
     from sklearn.metrics import f1_score
 
     return float(f1_score(references, predictions, zero_division=math.nan))  # pyright: ignore[reportArgumentType]
+
+
+def f1_macro(predictions: Values, references: Values) -> float:
+    """Returns the mean F1 of all classes that are there or predicted."""
+    from sklearn.metrics import f1_score
+
+    return float(f1_score(references, predictions, average="macro"))  # pyright: ignore[reportArgumentType]
+
+
+def mean_squared_error(predictions: Values, references: Values) -> float:
+    """Returns the mean squared difference."""
+    return math.fsum((one - other) ** 2 for one, other in zip(predictions, references, strict=True)) / len(references)
+
+
+def mean_absolute_error(predictions: Values, references: Values) -> float:
+    """Returns the mean absolute difference."""
+    return math.fsum(abs(one - other) for one, other in zip(predictions, references, strict=True)) / len(references)
 
 
 def matthews_correlation(predictions: Values, references: Values) -> float:
@@ -88,6 +107,25 @@ def _constant(values: Values) -> bool:
     return all(value == values[0] for value in values)
 
 
-METRICS: Mapping[str, Callable[[Values, Values], float]] = MappingProxyType(
-    {function.__name__: function for function in (accuracy, f1, matthews_correlation, pearson, spearmanr)}
+_FUNCTIONS = (
+    accuracy,
+    f1,
+    f1_macro,
+    matthews_correlation,
+    pearson,
+    spearmanr,
+    mean_squared_error,
+    mean_absolute_error,
 )
+
+METRICS: Mapping[str, Callable[[Values, Values], float]] = MappingProxyType(
+    {function.__name__: function for function in _FUNCTIONS} | {metric.name: metric for metric in ADDITIVE}
+)
+_LESS_IS_BETTER = {"mean_squared_error", "mean_absolute_error"} | {
+    metric.name for metric in ADDITIVE if metric.less_is_better
+}
+
+
+def less_is_better(name: str) -> bool:
+    """Tells whether a smaller value of that metric is the better one."""
+    return name in _LESS_IS_BETTER

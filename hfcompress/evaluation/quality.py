@@ -4,21 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from hfcompress.errors import CompressionError, DataError
-from hfcompress.evaluation.comparison import CONFIDENCE_DIGITS, Answers
+from hfcompress.evaluation.comparison import Answers
 from hfcompress.evaluation.inference import inferring
 from hfcompress.evaluation.metrics import score
-from hfcompress.tasks import Task, align_labels
+from hfcompress.tasks import Kind, Task, align_labels, kind_of
 from hfcompress.tasks.catalog import GLUE_DATASET
 
 if TYPE_CHECKING:
-    import torch
     from datasets import Dataset
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
-    Predictions = list[int] | list[float]
+_LOGITS = ("logits", "start_logits", "end_logits")
+_RIGHT = {"labels", "start_positions", "end_positions"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,17 +28,18 @@ class Quality:
     Attributes:
         metrics: The task's metrics by name; NaN where one is undefined on these predictions.
         primary: The metric that retention is computed on.
-        examples: How many rows were measured.
-        predictions: One a row, in the dataset's order: label ids of the task, or numbers in regression.
+        examples: How many were measured.
+        predictions: One an example, in the data's order, of the form that the task's kind gives: label ids of the
+            task, numbers in regression.
         references: The right ones.
-        confidences: The probability given to each prediction; nothing in regression.
+        confidences: The probability given to each prediction; nothing where answers are not label ids.
     """
 
     metrics: dict[str, float]
     primary: str
     examples: int
-    predictions: Predictions
-    references: Predictions
+    predictions: list[Any]
+    references: list[Any]
     confidences: list[float]
 
     @property
@@ -56,18 +57,18 @@ def evaluate_quality(
     model: PreTrainedModel,
     dataset: Dataset,
     task: Task,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Any,
     *,
     batch_size: int = 32,
     progress: bool = True,
 ) -> Quality:
-    """Measures a model on a tokenized split.
+    """Measures a model on an encoded split.
 
     Args:
-        model: A model with a sequence-classification head; it is left in the mode it was in.
+        model: A model with the head that the task's kind needs; it is left in the mode it was in.
         dataset: Rows from `preprocess(..., label2id=model.config.label2id)`.
         task: The task that the rows are of.
-        tokenizer: Pads the batches.
+        tokenizer: Makes the batches; of images the image processor.
         batch_size: Rows a forward pass. Rows of similar length go together.
         progress: Whether to show a progress bar on standard error.
 
@@ -75,42 +76,33 @@ def evaluate_quality(
         The metrics and the predictions.
 
     Raises:
-        DataError: The rows are not tokenized or have no labels, or the model's head does not fit the task.
+        DataError: The rows are not encoded or have no labels, or the model's head does not fit the task.
         CompressionError: The model's outputs are not finite.
     """
-    if "labels" not in dataset.column_names or "input_ids" not in dataset.column_names:
+    kind = kind_of(task)
+    wanted = kind.encoded
+    if not set(wanted) <= set(dataset.column_names):
         raise DataError(
-            f"the rows to evaluate lack 'input_ids' or 'labels'; found: {', '.join(dataset.column_names)}",
+            f"the rows to evaluate lack {' or '.join(map(repr, wanted))}; found: {', '.join(dataset.column_names)}",
             hint="Pass what `preprocess` returns.",
         )
     if len(dataset) == 0:
         raise DataError(f"task '{task.name}': there are no rows to evaluate")
     ids = align_labels(task, cast("Mapping[str, int]", model.config.label2id))
-    outputs = 1 if task.kind == "regression" else len(task.labels)
-    if model.config.num_labels != outputs:
-        raise DataError(f"task '{task.name}' needs {outputs} outputs; the model has {model.config.num_labels}")
-    logits = _predict(model, dataset, tokenizer, batch_size=batch_size, progress=progress)
-    references = list(dataset["labels"])
-    confidences: list[float] = []
-    if task.kind == "regression":
-        predictions = logits[:, 0].tolist()
-    else:
-        # Back to the task's own ids: F1 asks which class is the positive one.
-        task_ids = {model_id: task_id for task_id, model_id in enumerate(ids)}
-        predictions = [task_ids[number] for number in logits.argmax(-1).tolist()]
-        references = [task_ids[number] for number in references]
-        confidences = [round(share, CONFIDENCE_DIGITS) for share in logits.double().softmax(-1).amax(-1).tolist()]
+    kind.require_head(task, model)
+    kept = _outputs(model, dataset, kind, tokenizer, batch_size=batch_size, progress=progress)
+    given = kind.answers(task, ids, dataset, kept)
     return Quality(
-        metrics=score_task(task, predictions, references),
+        metrics=score_task(task, given.predictions, given.references),
         primary=task.metrics[0],
-        examples=len(predictions),
-        predictions=predictions,
-        references=references,
-        confidences=confidences,
+        examples=len(given.predictions),
+        predictions=given.predictions,
+        references=given.references,
+        confidences=given.confidences,
     )
 
 
-def score_task(task: Task, predictions: Predictions, references: Predictions) -> dict[str, float]:
+def score_task(task: Task, predictions: Sequence[Any], references: Sequence[Any]) -> dict[str, float]:
     """Returns a task's metrics of some predictions, GLUE's as `evaluate` computes them."""
     if task.dataset != GLUE_DATASET:
         return score(task.metrics, predictions, references)
@@ -121,43 +113,45 @@ def score_task(task: Task, predictions: Predictions, references: Predictions) ->
     return scores
 
 
-def _predict(
-    model: PreTrainedModel,
-    dataset: Dataset,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    batch_size: int,
-    progress: bool,
-) -> torch.Tensor:
-    """Returns the logits of every row, in the dataset's order: (rows, outputs), float32, on the CPU."""
+def _outputs(
+    model: PreTrainedModel, dataset: Dataset, kind: Kind, processor: Any, *, batch_size: int, progress: bool
+) -> list[Any]:
+    """Returns what the kind keeps of the outputs of every row, in the dataset's order."""
     import torch
     from tqdm import tqdm
 
-    inputs = [name for name in tokenizer.model_input_names if name in dataset.column_names]
-    rows = dataset.select_columns(inputs)
-    parts: list[torch.Tensor] = []
-    order: list[int] = []
+    collate = kind.collator(processor)
+    kept: list[Any] = [None] * len(dataset)
     with (
         inferring(model),
         tqdm(total=len(dataset), desc="Evaluating", unit="row", disable=not progress) as bar,
     ):
-        for places in _batches(dataset, batch_size):
-            batch = tokenizer.pad(rows[places], return_tensors="pt").to(model.device)
-            logits = model(**batch).logits.float().cpu()
-            if not torch.isfinite(logits).all():
+        for places in _batches(kind.lengths(dataset), batch_size):
+            batch = {name: value.to(model.device) for name, value in collate(_rows(dataset, places)).items()}
+            outputs = model(**_without_labels(batch))
+            if not all(torch.isfinite(outputs[name]).all() for name in _LOGITS if name in outputs):
                 raise CompressionError(
                     "the model's outputs are not finite, so it cannot be measured",
                     hint="Its weights were damaged by the last step: compress less, or train it further.",
                 )
-            parts.append(logits)
-            order.extend(places)
+            for place, value in zip(places, kind.read(outputs, batch), strict=True):
+                kept[place] = value
             bar.update(len(places))
-    return torch.cat(parts)[torch.tensor(order).argsort()]
+    return kept
 
 
-def _batches(dataset: Dataset, size: int) -> Iterator[Sequence[int]]:
+def _rows(dataset: Dataset, places: Sequence[int]) -> list[dict[str, Any]]:
+    columns = dataset[places]
+    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+
+
+def _without_labels(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """Leaves out what only a loss needs, which is computed from the logits where it is asked for."""
+    return {name: value for name, value in batch.items() if name not in _RIGHT}
+
+
+def _batches(lengths: Sequence[int], size: int) -> Iterator[list[int]]:
     """Yields row numbers, longest rows first: little padding, and memory runs out at once if it does."""
-    lengths = [len(row) for row in dataset["input_ids"]]
     order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
     for start in range(0, len(order), size):
         yield order[start : start + size]

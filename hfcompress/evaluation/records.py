@@ -11,6 +11,8 @@ from pydantic import BeforeValidator, ConfigDict, Field
 # JSON has no NaN: an undefined figure is null in the file.
 Figure = Annotated[float, BeforeValidator(lambda value: math.nan if value is None else value)]
 Count = Annotated[int, Field(ge=0)]
+# Answers: label ids, numbers, texts, or for each example a list of one of these.
+Values = list[int] | list[float] | list[str] | list[list[int]] | list[list[float]] | list[list[str]]
 STRICT = ConfigDict(strict=True, extra="forbid")
 
 

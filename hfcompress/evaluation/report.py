@@ -17,13 +17,17 @@ from pydantic import Field, TypeAdapter, ValidationError
 from hfcompress.errors import CheckpointError
 from hfcompress.evaluation.comparison import Comparison
 from hfcompress.evaluation.cost import Speed
+from hfcompress.evaluation.curves import Training
+from hfcompress.evaluation.metrics import less_is_better
 from hfcompress.evaluation.records import STRICT, Count, Figure, plain
+from hfcompress.evaluation.robustness import Robustness
 from hfcompress.evaluation.usage import Usage
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 _NOT_AVAILABLE = "n/a"
+_METRICS_SHOWN = 2  # on the screen, where more would leave no room; documents show all
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +38,7 @@ class Row:
         name: The step's name.
         methods: What was done in it; empty for the original and for fine-tuning.
         metrics: The task's metrics by name; NaN where undefined.
-        retention: This row's first metric / the original's.
+        retention: This row's first metric / the original's, or the other way round where less is better.
         parameters: The model's parameters.
         bytes: The size of its saved weights on disk.
         speed: Measured beside the original, or None where it was not.
@@ -42,6 +46,7 @@ class Row:
         findings: What each method found out (JSON values), by method.
         comparison: Its answers beside the original's; None for the original itself, or where none were kept.
         usage: What a pass of it takes, or None where it was not measured.
+        training: How its training went, or None where the step did not train.
     """
 
     __pydantic_config__ = STRICT
@@ -57,6 +62,7 @@ class Row:
     findings: dict[str, Any]
     comparison: Comparison | None = None
     usage: Usage | None = None
+    training: Training | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +81,8 @@ class Report:
         metric: The metric that retention is computed on.
         seed: The run's seed.
         rows: The original, the model after every step, and last the result.
+        grid: The result's speed beside the original's at several batch sizes and lengths.
+        robustness: What both score on changed texts, where the recipe asks for it.
     """
 
     __pydantic_config__ = STRICT
@@ -90,6 +98,8 @@ class Report:
     metric: str
     seed: int
     rows: Annotated[tuple[Row, ...], Field(min_length=1)]
+    grid: tuple[Speed, ...] = ()
+    robustness: tuple[Robustness, ...] = ()
 
     @property
     def compression(self) -> float:
@@ -141,7 +151,7 @@ class Report:
         from rich import box
         from rich.table import Table
 
-        names = [self.metric, *(name for name in self.rows[0].metrics if name != self.metric)]
+        names = [self.metric, *(name for name in self.rows[0].metrics if name != self.metric)][:_METRICS_SHOWN]
         title = f"{self.name}: {self.base_model} on {self.task}, {self.examples} rows of {self.split}"
         table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
         table.add_column("step", overflow="fold")
@@ -160,9 +170,13 @@ class Report:
         return table
 
 
-def retention(value: float, original: float) -> float:
-    """Returns the share of the original's metric that is left; NaN where the original has none above 0."""
-    return value / original if original > 0 else math.nan
+def retention(value: float, original: float, metric: str = "") -> float:
+    """Returns the share of the original's metric that is left; NaN where there is none above 0.
+
+    Where less is better, as with a perplexity, it is the original's value / this one.
+    """
+    part, whole = (original, value) if less_is_better(metric) else (value, original)
+    return part / whole if whole > 0 else math.nan
 
 
 def describe_environment() -> dict[str, str]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from hfcompress.evaluation.additive import Additive
 from hfcompress.evaluation.metrics import METRICS
 
 if TYPE_CHECKING:
@@ -17,7 +18,7 @@ _CELLS = 4_000_000  # numbers held at once
 
 
 def drawn_differences(
-    metric: str, references: Sequence[float], before: Sequence[float], after: Sequence[float], *, seed: int = 0
+    metric: str, references: Sequence[Any], before: Sequence[Any], after: Sequence[Any], *, seed: int = 0
 ) -> np.ndarray:
     """Draws the examples anew, with replacement, and computes the metric's change on each draw.
 
@@ -34,6 +35,9 @@ def drawn_differences(
         `DRAWS` differences, after - before; NaN on a draw where the metric is undefined.
     """
     generator = np.random.default_rng(seed)
+    found = METRICS[metric]
+    if isinstance(found, Additive):
+        return _by_sums(found, references, before, after, generator)
     if metric in _OF_CONFUSIONS:
         return _by_counts(_OF_CONFUSIONS[metric], references, before, after, generator)
     score = _OF_VALUES.get(metric) or _one_by_one(metric)
@@ -42,6 +46,24 @@ def drawn_differences(
     for size in _chunks(DRAWS, len(references)):
         picked = columns[:, generator.integers(columns.shape[1], size=(size, columns.shape[1]))]
         parts.append(score(picked[0], picked[2]) - score(picked[0], picked[1]))
+    return np.concatenate(parts)
+
+
+def _by_sums(
+    metric: Additive,
+    references: Sequence[Any],
+    before: Sequence[Any],
+    after: Sequence[Any],
+    generator: np.random.Generator,
+) -> np.ndarray:
+    """Draws how often each example is taken, and adds up what it counts for."""
+    examples = len(references)
+    counts = [metric.counts(answers, references) for answers in (before, after)]
+    parts = []
+    for size in _chunks(DRAWS, examples):
+        taken = generator.multinomial(examples, np.full(examples, 1 / examples), size=size)
+        old, new = (metric.of_sums(taken @ each) for each in counts)
+        parts.append(new - old)
     return np.concatenate(parts)
 
 

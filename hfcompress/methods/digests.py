@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-
 # Where it comes from, who wrote it, and what a first forward pass with labels sets.
 _NOT_THE_MODEL = ("_name_or_path", "transformers_version", "problem_type")
 

@@ -8,7 +8,7 @@ from hfcompress.evaluation.report import Report
 from hfcompress.publishing.hub import push
 from hfcompress.publishing.model_card import card_of_report, read_report, write_card
 from hfcompress.publishing.page import page_of_report, page_of_reports, write_page
-from hfcompress.publishing.pictures import write_picture
+from hfcompress.publishing.pictures import write_pictures
 
 __all__ = [
     "card_of_report",
@@ -23,7 +23,7 @@ __all__ = [
 
 
 def write_documents(directory: Path, report: Report | None = None) -> Path:
-    """Writes all that people read of a result: the card, its picture and the page.
+    """Writes all that people read of a result: the card, its pictures and the page.
 
     Args:
         directory: A checkpoint folder.
@@ -38,7 +38,7 @@ def write_documents(directory: Path, report: Report | None = None) -> Path:
         RunFolderError: There is a card that somebody else wrote.
     """
     report = report or read_report(directory)
-    write_picture(directory, report)
+    write_pictures(directory, report)
     card = write_card(directory, report)
     write_page(directory, report)
     return card

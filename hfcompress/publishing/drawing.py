@@ -12,8 +12,8 @@ from typing import Any
 
 from hfcompress.evaluation.report import Row
 
-_WIDTH, _HEIGHT = 460, 320
-_LEFT, _RIGHT, _TOP, _BOTTOM = 74, 20, 14, 48
+WIDTH, HEIGHT = 460, 320
+LEFT, RIGHT, TOP, BOTTOM = 74, 20, 14, 48
 _RADIUS = 10
 
 
@@ -23,7 +23,7 @@ class Point:
 
     Attributes:
         x: What it costs; less is better.
-        y: What it is worth; more is better.
+        y: What it is worth; more is better, or less where a picture is told so.
         mark: What stands in its mark: a number, one or two letters.
         name: Its name, shown where the pointer rests.
         low: The lower end of y's interval; NaN for none.
@@ -38,11 +38,15 @@ class Point:
     high: float = math.nan
 
 
-def front(points: Sequence[Point]) -> list[Point]:
-    """Returns the points that no other beats: none costs less for as much worth, or is worth more for as little."""
+def front(points: Sequence[Point], *, falling: bool = False) -> list[Point]:
+    """Returns the points that no other beats: none costs less for as much worth, or is worth more for as little.
+
+    Where worth is `falling`, the smaller y is worth more.
+    """
     best: list[Point] = []
-    for point in sorted(points, key=lambda each: (each.x, -each.y)):
-        if not best or point.y > best[-1].y:
+    sign = -1 if falling else 1
+    for point in sorted(points, key=lambda each: (each.x, -sign * each.y)):
+        if not best or sign * point.y > sign * best[-1].y:
             best.append(point)
     return best
 
@@ -56,7 +60,15 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
     return [round(place * step, 12) for place in range(first, math.floor(high / step + 1e-9) + 1)]
 
 
-def scatter(points: Sequence[Point], *, title: str, across: str, up: str, label: Callable[[float], str]) -> str:
+def scatter(
+    points: Sequence[Point],
+    *,
+    title: str,
+    across: str,
+    up: str,
+    label: Callable[[float], str],
+    falling: bool = False,
+) -> str:
     """Draws models by cost and worth, with the line of those that no other beats.
 
     Args:
@@ -65,6 +77,7 @@ def scatter(points: Sequence[Point], *, title: str, across: str, up: str, label:
         across: What x is.
         up: What y is.
         label: Writes a tick of x.
+        falling: Whether less y is better; it is then drawn from the top down, so that up is better still.
 
     Returns:
         An SVG element; its colours come from the page's style.
@@ -72,19 +85,20 @@ def scatter(points: Sequence[Point], *, title: str, across: str, up: str, label:
     shown = [point for point in points if math.isfinite(point.x) and math.isfinite(point.y)]
     if not shown:
         return ""
-    x_ends = _span([0.0, *(point.x for point in shown)], at_least=1e-9)
+    x_ends = span([0.0, *(point.x for point in shown)], at_least=1e-9)
     heights = [y for point in shown for y in (point.y, point.low, point.high) if math.isfinite(y)]
-    y_ends = _span(heights, at_least=0.01)
+    y_ends = span(heights, at_least=0.01)
 
     def x(value: float) -> float:
-        return _LEFT + (value - x_ends[0]) / (x_ends[1] - x_ends[0]) * (_WIDTH - _LEFT - _RIGHT)
+        return LEFT + (value - x_ends[0]) / (x_ends[1] - x_ends[0]) * (WIDTH - LEFT - RIGHT)
 
     def y(value: float) -> float:
-        return _HEIGHT - _BOTTOM - (value - y_ends[0]) / (y_ends[1] - y_ends[0]) * (_HEIGHT - _TOP - _BOTTOM)
+        share = (value - y_ends[0]) / (y_ends[1] - y_ends[0])
+        return HEIGHT - BOTTOM - (1 - share if falling else share) * (HEIGHT - TOP - BOTTOM)
 
-    parts = [f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{escape(title, quote=True)}">']
-    parts += _axes(x, y, x_ends, y_ends, label, across, up)
-    best = front(shown)
+    parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title, quote=True)}">']
+    parts += axes(x, y, x_ends, y_ends, label, across, up)
+    best = front(shown, falling=falling)
     corners = [f"{x(best[0].x):.1f},{y(best[0].y):.1f}"]
     for before, after in pairwise(best):
         corners += [f"{x(after.x):.1f},{y(before.y):.1f}", f"{x(after.x):.1f},{y(after.y):.1f}"]
@@ -94,13 +108,14 @@ def scatter(points: Sequence[Point], *, title: str, across: str, up: str, label:
     return "\n".join([*parts, "</svg>"])
 
 
-def _span(values: Sequence[float], *, at_least: float) -> tuple[float, float]:
+def span(values: Sequence[float], *, at_least: float) -> tuple[float, float]:
+    """Returns the ends of an axis: a little more than the values, and from 0 where they start there."""
     low, high = min(values), max(values)
     middle, wide = (low + high) / 2, max(high - low, at_least, abs(high) * 1e-6) * 1.16
     return (0.0 if low == 0 and high > 0 else middle - wide / 2), middle + wide / 2
 
 
-def _axes(
+def axes(
     x: Callable[[float], float],
     y: Callable[[float], float],
     x_ends: tuple[float, float],
@@ -109,17 +124,28 @@ def _axes(
     across: str,
     up: str,
 ) -> list[str]:
-    right, bottom = _WIDTH - _RIGHT, _HEIGHT - _BOTTOM
-    parts = [f'<rect class="frame" x="{_LEFT}" y="{_TOP}" width="{right - _LEFT}" height="{bottom - _TOP}"/>']
+    """Returns the frame, the ticks and the names of a picture of `WIDTH` x `HEIGHT`.
+
+    Args:
+        x: Places a value from left to right.
+        y: Places a value from the top down.
+        x_ends: The range of x.
+        y_ends: The range of y.
+        label: Writes a tick of x.
+        across: What x is.
+        up: What y is.
+    """
+    right, bottom = WIDTH - RIGHT, HEIGHT - BOTTOM
+    parts = [f'<rect class="frame" x="{LEFT}" y="{TOP}" width="{right - LEFT}" height="{bottom - TOP}"/>']
     for value in ticks(*x_ends):
         parts.append(f'<text x="{x(value):.1f}" y="{bottom + 18}" text-anchor="middle">{escape(label(value))}</text>')
     heights = ticks(*y_ends)
     digits = max(2, math.ceil(-math.log10(heights[1] - heights[0]) - 1e-9)) if len(heights) > 1 else 3
     for value in heights:
-        parts.append(f'<line class="grid" x1="{_LEFT}" x2="{right}" y1="{y(value):.1f}" y2="{y(value):.1f}"/>')
-        parts.append(f'<text x="{_LEFT - 7}" y="{y(value) + 4:.1f}" text-anchor="end">{value:.{digits}f}</text>')
-    middle = (_TOP + bottom) / 2
-    parts.append(f'<text x="{(_LEFT + right) / 2}" y="{_HEIGHT - 8}" text-anchor="middle">{escape(across)}</text>')
+        parts.append(f'<line class="grid" x1="{LEFT}" x2="{right}" y1="{y(value):.1f}" y2="{y(value):.1f}"/>')
+        parts.append(f'<text x="{LEFT - 7}" y="{y(value) + 4:.1f}" text-anchor="end">{value:.{digits}f}</text>')
+    middle = (TOP + bottom) / 2
+    parts.append(f'<text x="{(LEFT + right) / 2}" y="{HEIGHT - 8}" text-anchor="middle">{escape(across)}</text>')
     parts.append(
         f'<text x="14" y="{middle}" text-anchor="middle" transform="rotate(-90 14 {middle})">{escape(up)}</text>'
     )

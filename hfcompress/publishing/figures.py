@@ -6,11 +6,15 @@ import math
 from dataclasses import dataclass
 
 from hfcompress.evaluation.comparison import Difference
+from hfcompress.evaluation.cost import Speed
 from hfcompress.evaluation.report import Report, Row
 from hfcompress.evaluation.usage import LINEAR, QUANTIZED, REST, Usage
 from hfcompress.publishing.markup import number, size
+from hfcompress.tasks import kind_of, task_of
 
 _MOST_CLASSES = 20
+ABOUT_ROBUSTNESS = "With slips of the keyboard, and in capitals"
+ABOUT_GRID = "The median time of a pass, the two timed by turns, and the speed-up with its 95% interval."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +33,16 @@ class Table:
 def metric_names(report: Report) -> list[str]:
     """Returns the metrics of all rows, the one that retention is computed on first."""
     return list(dict.fromkeys([report.metric, *(name for row in report.rows for name in row.metrics)]))
+
+
+def unit(report: Report) -> str:
+    """Returns what an example of the report's task is called, such as rows or blocks."""
+    return kind_of(task_of(report.task, report.recipe)).unit
+
+
+def length(speed: Speed) -> str:
+    """Returns the length of what was timed with a comma after it; nothing where it is not made of tokens."""
+    return f"{speed.sequence_length} tokens, " if speed.sequence_length else ""
 
 
 def speed_up(row: Row) -> str:
@@ -90,6 +104,33 @@ def classes(report: Report) -> Table | None:
     return Table(head=head, rows=tuple(rows))
 
 
+def groups(report: Report) -> Table | None:
+    """Returns the share right of each group, model by model, or None where the recipe names no columns."""
+    compared = [row for row in report.rows if row.comparison is not None and row.comparison.groups]
+    if not compared:
+        return None
+    rows = []
+    for entries in zip(*(row.comparison.groups for row in compared if row.comparison is not None), strict=True):
+        first = entries[0]
+        shares = [first.before, *(entry.after for entry in entries)]
+        rows.append(
+            (f"{first.column}: {first.group}", f"{first.examples:,}", *(number(share, ".1%") for share in shares))
+        )
+    return Table(head=("group", "examples", report.rows[0].name, *(row.name for row in compared)), rows=tuple(rows))
+
+
+def robustness(report: Report) -> Table | None:
+    """Returns what the original and the result score on changed texts, or None where it was not asked for."""
+    if not report.robustness:
+        return None
+    names = (report.rows[0].name, report.rows[-1].name)
+    rows = [("none", *(number(row.metrics.get(report.metric, math.nan)) for row in (report.rows[0], report.rows[-1])))]
+    for each in report.robustness:
+        values = (scores.get(report.metric, math.nan) for scores in (each.original, each.compressed))
+        rows.append((each.change, *(number(value) for value in values)))
+    return Table(head=("change of the texts", *(f"{report.metric} of {name}" for name in names)), rows=tuple(rows))
+
+
 def costs(report: Report) -> Table | None:
     """Returns what a pass of each model takes, or None where it was not measured."""
     if not any(row.usage for row in report.rows):
@@ -107,6 +148,20 @@ def costs(report: Report) -> Table | None:
         times = "1.00x" if row is report.rows[0] else speed_up(row)
         held, loading = size(use.memory), milliseconds(use.load_seconds)
         rows.append((row.name, operations(use.operations), fewer, times, held, loading, *parts))
+    return Table(head=head, rows=tuple(rows))
+
+
+def grid(report: Report) -> Table | None:
+    """Returns the result's times beside the original's by batch and length, or None where they were not measured."""
+    if not report.grid:
+        return None
+    head = ("batch x length", report.rows[0].name, report.rows[-1].name, "speed-up")
+    rows = []
+    for speed in report.grid:
+        tokens = f" x {speed.sequence_length:,} tokens" if speed.sequence_length else ""
+        ends = f"({number(speed.low, '.2f')} to {number(speed.high, '.2f')})"
+        times = [milliseconds(seconds) for seconds in (speed.original_seconds, speed.compressed_seconds)]
+        rows.append((f"{speed.batch_size:,}{tokens}", *times, f"{number(speed.ratio, '.2f', 'x')} {ends}"))
     return Table(head=head, rows=tuple(rows))
 
 

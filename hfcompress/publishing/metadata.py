@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import yaml
 
 from hfcompress.publishing.markup import plain
-from hfcompress.tasks import Task, get_task
+from hfcompress.tasks import Task, kind_of, task_of
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from hfcompress.evaluation.report import Report
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
-_PIPELINES = {"classification": "text-classification", "regression": "text-classification"}
 _TAGS = {
     "distillation": "distilled",
     "structured_pruning": "pruned",
@@ -105,7 +104,7 @@ def header(report: Report, license: License | None) -> str:
     """Returns the YAML of the card's header, without the lines of dashes."""
     from huggingface_hub import ModelCardData
 
-    task, base = get_task(report.task), hub_id(report.base_model)
+    task, base = task_of(report.task, report.recipe), hub_id(report.base_model)
     methods = [name for row in report.rows for name in row.methods]
     quantized = "quantization" in methods
     data = ModelCardData(
@@ -120,7 +119,7 @@ def header(report: Report, license: License | None) -> str:
         license_link=license.link if license else None,
         metrics=[plain(name) for name in report.rows[-1].metrics],
         model_name=plain(report.name),
-        pipeline_tag=_PIPELINES.get(task.kind),
+        pipeline_tag=kind_of(task).pipeline_tag,
         tags=["hfcompress", *dict.fromkeys(_TAGS[name] for name in methods if name in _TAGS)],
         base_model_relation=("quantized" if quantized else "finetune") if base else None,
     )
@@ -136,7 +135,8 @@ def eval_results(report: Report) -> tuple[str, str] | None:
     """
     from huggingface_hub import EvalResultEntry, eval_result_entries_to_yaml
 
-    task, value = get_task(report.task), report.rows[-1].metrics.get(report.metric, math.nan)
+    task = task_of(report.task, report.recipe)
+    value = report.rows[-1].metrics.get(report.metric, math.nan)
     if not on_hub(task) or not math.isfinite(value):
         return None
     entry = EvalResultEntry(
@@ -160,7 +160,7 @@ def _results(report: Report, task: Task) -> list[EvalResult]:
     measured = {key: value for key, value in report.rows[-1].metrics.items() if math.isfinite(value)}
     return [
         EvalResult(
-            task_type=_PIPELINES.get(task.kind, task.kind),
+            task_type=kind_of(task).pipeline_tag,
             dataset_type=task.dataset if on_hub(task) else plain(task.name),
             dataset_name=plain(task.name),
             dataset_config=task.dataset_config,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Sequence
 from html import escape as escape_html
 from importlib.resources import files
@@ -11,8 +12,11 @@ from pathlib import Path
 
 import yaml
 
+from hfcompress.evaluation.curves import Curve
+from hfcompress.evaluation.metrics import less_is_better
 from hfcompress.evaluation.report import Report, Row
 from hfcompress.publishing import figures
+from hfcompress.publishing.charts import MOST_LINES, lines
 from hfcompress.publishing.drawing import Map, Point, maps, scatter
 from hfcompress.publishing.markup import number, plain, ratio, size
 
@@ -24,7 +28,9 @@ _POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-
 
 def page_of_report(report: Report) -> str:
     """Returns the whole page of a report, the same for the same report."""
-    about = f"{report.base_model} on {report.task}: {report.examples:,} rows of the {report.split} split"
+    about = (
+        f"{report.base_model} on {report.task}: {report.examples:,} {figures.unit(report)} of the {report.split} split"
+    )
     sections = [
         f'<h1>{escape(report.name)}</h1>\n<p class="faint">{escape(about)}, seed {report.seed}.</p>',
         _tiles(report),
@@ -33,6 +39,7 @@ def page_of_report(report: Report) -> str:
         _changes(report),
         _costs(report),
         _maps(report),
+        _trainings(report),
         _section("How it was measured", _conditions(report)),
         _details(report),
     ]
@@ -49,7 +56,11 @@ def page_of_reports(reports: Sequence[tuple[str, Report]]) -> str:
     same = len(kinds) == 1
     first = reports[0][1]
     worth = first.metric if same else "share of the original's metric kept"
-    about = f"{worth} on {first.task}, {first.examples:,} rows of the {first.split} split" if same else worth
+    about = (
+        f"{worth} on {first.task}, {first.examples:,} {figures.unit(first)} of the {first.split} split"
+        if same
+        else worth
+    )
     notes = []
     if not same:
         notes.append("The results are not of the same task and rows, so what is compared is the share kept.")
@@ -195,7 +206,8 @@ def _figures(sizes: Sequence[Point], times: Sequence[Point], worth: str, *, rela
     ):
         title = f"{worth} against {what}"
         if sum(math.isfinite(point.x) and math.isfinite(point.y) for point in points) > 1:
-            drawn = scatter(points, title=title, across=across, up=plain(worth), label=label)
+            falling = less_is_better(worth)
+            drawn = scatter(points, title=title, across=across, up=plain(worth), label=label, falling=falling)
             pictures.append(f"<figure>{drawn}<figcaption>{escape(title)}: up and left is better.</figcaption></figure>")
     if not pictures:
         return ""
@@ -221,6 +233,10 @@ def _changes(report: Report) -> str:
     content = told + _table(changes)
     if classes is not None:
         content += f"\n<h3>Right answers by class</h3>\n{_table(classes)}"
+    if (grouped := figures.groups(report)) is not None:
+        content += f"\n<h3>Right answers by group</h3>\n{_table(grouped)}"
+    if (changed := figures.robustness(report)) is not None:
+        content += f"\n<h3>{figures.ABOUT_ROBUSTNESS}</h3>\n{_table(changed)}"
     return _section("Answer by answer, against the original", content)
 
 
@@ -233,9 +249,11 @@ def _costs(report: Report) -> str:
         "were float. Memory is the weights and the most that a pass holds besides. The last three columns are where "
         "the time of a pass goes.</p>"
     )
+    timed = figures.grid(report)
+    more = f"<h3>By batch and length</h3>\n<p>{figures.ABOUT_GRID}</p>\n{_table(timed)}" if timed else ""
     said = "".join(f"<li>{escape(reason)}</li>" for reason in figures.reasons(report))
     why = f"<h3>Why it is not as fast as its operations promise</h3>\n<ul>{said}</ul>" if said else ""
-    return _section("What a pass takes", told + _table(costs) + why)
+    return _section("What a pass takes", told + _table(costs) + more + why)
 
 
 def _maps(report: Report) -> str:
@@ -266,6 +284,36 @@ def _cell(cell: tuple[str, float] | None) -> str:
     return f'<td{deep} style="--share:{0.05 + 0.95 * share:.2f}">{escape(text)}</td>'
 
 
+def _trainings(report: Report) -> str:
+    blocks, rows = [], 0
+    for row in report.rows:
+        if row.training is None:
+            continue
+        losses = _chart(row.training.losses, f"{row.name}: loss", "loss")
+        metrics = _chart(row.training.metrics, f"{row.name}: metric", "metric")
+        if losses or metrics:
+            blocks.append(f'<h3>{escape(row.name)}</h3>\n<div class="figures">{losses}{metrics}</div>')
+            rows = max(rows, row.training.examples if metrics else 0)
+    if not blocks:
+        return ""
+    told = "A loss is the mean since the point before; a method's own terms are shown beside the whole."
+    if rows:
+        told += f" Metrics are of {rows:,} rows of the {report.split} split; nothing was chosen by them."
+    return _section("How the training went", f"<p>{escape(told)}</p>\n" + "\n".join(blocks))
+
+
+def _chart(curves: Sequence[Curve], title: str, up: str) -> str:
+    drawn = lines(curves, title=plain(title), up=up)
+    if not drawn:
+        return ""
+    keys = "".join(
+        f'<span class="key"><svg viewBox="0 0 26 8" aria-hidden="true"><line class="line line{number}" x1="0" x2="26" '
+        f'y1="4" y2="4"/></svg>{escape(curve.name.replace("_", " "))}</span>'
+        for number, curve in enumerate(curves[:MOST_LINES], start=1)
+    )
+    return f"<figure>{drawn}<figcaption>{keys}</figcaption></figure>"
+
+
 def _conditions(report: Report) -> str:
     speeds = [row.speed for row in report.rows if row.speed is not None]
     told = "Speed was not measured."
@@ -273,7 +321,7 @@ def _conditions(report: Report) -> str:
         speed = speeds[-1]
         told = (
             "Speed-up is the original's median time / the model's, with its 95% interval, the two timed by turns in "
-            f"one run: batch {speed.batch_size}, {speed.sequence_length} tokens, {speed.threads} threads, "
+            f"one run: batch {speed.batch_size}, {figures.length(speed)}{speed.threads} threads, "
             f"{speed.repeats} passes each."
         )
     again = "<p>hfcompress verify, on this folder, measures all of this again and says what holds.</p>"
@@ -310,8 +358,9 @@ def _table(table: figures.Table) -> str:
 
 
 def _unbroken(cell: str) -> str:
-    """Keeps an interval on one line."""
-    return escape(cell).replace(" to ", "&nbsp;to&nbsp;")
+    """Keeps an interval on one line, and a number with its unit."""
+    joined = re.sub(r"(\d) (?=(MB|kB|ms|s|[TGMk]?FLOP)\b)", r"\1&nbsp;", escape(cell))
+    return joined.replace(" to ", "&nbsp;to&nbsp;")
 
 
 def _breakable(name: str) -> str:

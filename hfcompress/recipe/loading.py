@@ -23,6 +23,7 @@ from hfcompress.recipe.schema import (
     is_local,
     order_problems,
 )
+from hfcompress.tasks import TaskConfig, get_task
 
 _MAX_MESSAGE = 400
 AnyConfig = TypeVar("AnyConfig", bound=Config)
@@ -111,6 +112,10 @@ class _Builder:
         values: dict[str, Any] = self.document.values
         self._unknown((), values, Recipe.model_fields)
         fields = {key: value for key, value in values.items() if key in Header.model_fields}
+        if isinstance(task := fields.get("task"), dict):
+            # A description that is wrong is complained of in its own place; a name stands in for it.
+            described = self._config(TaskConfig, task, ("task",))
+            fields["task"] = described or "described"
         header = self._config(Header, fields, ())
         self._look_up(fields)
         evaluation = self._config(EvaluationConfig, values.get("evaluation"), ("evaluation",))
@@ -142,10 +147,12 @@ class _Builder:
 
     def _look_up(self, fields: Mapping[str, Any]) -> None:
         """Checks names against what exists: the task, the demo model, local folders."""
-        from hfcompress.tasks import get_task
         from hfcompress.tasks.demo import MODELS, is_demo_model
 
-        if isinstance(task := fields.get("task"), str):
+        task = fields.get("task")
+        if isinstance(task, TaskConfig) and task.folder and not Path(task.folder).is_dir():
+            self.document.complain(("task", "data"), f"there is no folder {task.folder}")
+        if isinstance(task, str) and isinstance(self.document.values["task"], str):
             try:
                 get_task(task)
             except DataError as error:

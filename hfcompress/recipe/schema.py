@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, SerializeAsAny, field_validator, model_validator
 
@@ -13,11 +13,13 @@ from hfcompress.configuration import Config
 from hfcompress.errors import Problem
 from hfcompress.methods.registry import Method, method_of
 from hfcompress.methods.training import TrainingConfig
+from hfcompress.tasks import Task, TaskConfig, get_task
 
 _FILE_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,79}")
 _STEP_NAME = re.compile(r"[a-z0-9][a-z0-9_+-]{0,79}")
 _HUB_PART = r"[A-Za-z0-9_](?:[A-Za-z0-9_-]|\.(?!\.)){0,94}[A-Za-z0-9_]|[A-Za-z0-9_]"
 _HUB_ID = re.compile(rf"(?:(?:{_HUB_PART})/)?(?:{_HUB_PART})")
+_REFERENCE = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9_-]|\.(?!\.|$|lock$)){0,99}")
 _REPOSITORY = re.compile(rf"(?:{_HUB_PART})/(?:{_HUB_PART})")
 
 
@@ -33,6 +35,19 @@ class EvaluationConfig(Config):
     speed_batch_size: int = Field(default=8, ge=1, le=4096, description="examples in a batch, for speed")
     speed_sequence_length: int = Field(default=128, ge=1, le=8192, description="tokens in an example, for speed")
     speed_repeats: int = Field(default=20, ge=2, le=10_000, description="timed calls of each model")
+    grid_batch_sizes: tuple[Annotated[int, Field(ge=1, le=4096)], ...] = Field(
+        default=(1, 8), description="batches at which the result is timed beside the original; none for no grid"
+    )
+    grid_sequence_lengths: tuple[Annotated[int, Field(ge=1, le=8192)], ...] = Field(
+        default=(32, 128), description="lengths at which it is timed; those that the model cannot read are left out"
+    )
+    groups: tuple[str, ...] = Field(
+        default=(), description="columns of the data by whose values answers are compared too, to find the worst group"
+    )
+    robustness: tuple[Literal["typos", "case"], ...] = Field(
+        default=(), description="changes of the texts on which the original and the result are measured too"
+    )
+    curve_points: int = Field(default=4, ge=0, le=1000, description="how often the metric is measured in a training")
 
 
 class PushConfig(Config):
@@ -40,6 +55,9 @@ class PushConfig(Config):
 
     repo: str = Field(description="the repository on the Hub, as org/name")
     private: bool = Field(default=False, description="whether only its owners see the repository")
+    branch: str | None = Field(default=None, description="the branch, made where it does not exist; else the main one")
+    pull_request: bool = Field(default=False, description="whether to open a pull request instead of writing")
+    tag: str | None = Field(default=None, description="a name for the commit, such as v1.0; it is never moved")
 
     @field_validator("repo")
     @classmethod
@@ -47,6 +65,28 @@ class PushConfig(Config):
         if not _REPOSITORY.fullmatch(repo):
             raise ValueError(f"should be org/name, not {repo!r}")
         return repo
+
+    def options(self) -> dict[str, Any]:
+        """Returns the keyword arguments of `publishing.push`."""
+        return {
+            "private": self.private,
+            "revision": self.branch,
+            "create_pr": self.pull_request,
+            "tag": self.tag,
+        }
+
+    @field_validator("branch", "tag")
+    @classmethod
+    def _is_reference(cls, name: str | None) -> str | None:
+        if name is not None and not _REFERENCE.fullmatch(name):
+            raise ValueError(f"should be letters, digits, '.', '_' and '-', not {name!r}")
+        return name
+
+    @model_validator(mode="after")
+    def _is_one_way(self) -> PushConfig:
+        if self.pull_request and (self.branch or self.tag):
+            raise ValueError("a pull request takes neither `branch` nor `tag`")
+        return self
 
 
 class Step(Config):
@@ -86,7 +126,7 @@ class Header(Config):
 
     name: str = Field(description="what the run is called; its output goes to runs/<name>")
     model: str = Field(description="demo/..., an id on the Hub, or a local folder (/, ./ or ../ first)")
-    task: str = Field(description="demo/..., or a GLUE task such as sst2")
+    task: str | TaskConfig = Field(description="a known task such as sst2, or a description: kind, data, columns, ...")
     data: str | None = Field(default=None, description="a local folder with the task's data")
     seed: int = Field(default=42, ge=0, lt=2**32, description="makes runs repeatable")
     max_length: int = Field(default=128, ge=4, le=8192, description="tokens after which a text is cut")
@@ -124,6 +164,16 @@ class Recipe(Header):
     evaluation: EvaluationConfig = EvaluationConfig()
     push: PushConfig | None = None
     steps: tuple[Step, ...]
+
+    @property
+    def described_task(self) -> Task:
+        """The task: the known one of that name, or the one described."""
+        return self.task.task() if isinstance(self.task, TaskConfig) else get_task(self.task)
+
+    @property
+    def data_folder(self) -> str | None:
+        """The local folder with the task's data, or None where they come from elsewhere."""
+        return self.data or (self.task.folder if isinstance(self.task, TaskConfig) else None)
 
     @model_validator(mode="after")
     def _is_in_order(self) -> Recipe:

@@ -1,4 +1,4 @@
-"""The tasks by name: GLUE with its diagnostic set, and the demo."""
+"""The tasks by name: GLUE with its diagnostic set, the demo, and one or more of every other kind."""
 
 from __future__ import annotations
 
@@ -39,6 +39,8 @@ _SENTENCES = ("sentence1", "sentence2")
 _NLI = ("entailment", "neutral", "contradiction")
 _RTE = ("entailment", "not_entailment")
 
+_ENTITIES = ("corporation", "creative-work", "group", "location", "person", "product")
+
 _TASKS = (
     _glue("cola", ("sentence",), ("unacceptable", "acceptable"), ("matthews_correlation",)),
     _glue("sst2", ("sentence",), ("negative", "positive")),
@@ -66,6 +68,61 @@ _TASKS = (
         metrics=("accuracy", "f1"),
         evaluation_split="validation",
         dataset="movie review sentences rated for VADER (Hutto and Gilbert, 2014)",
+        dataset_config=None,
+    ),
+    Task(
+        name="wikitext-2",
+        kind="causal_lm",
+        columns=("text",),
+        label="",
+        labels=(),
+        metrics=("perplexity", "bits_per_byte"),
+        evaluation_split="test",
+        dataset="Salesforce/wikitext",
+        dataset_config="wikitext-2-raw-v1",
+    ),
+    Task(
+        name="wikitext-2-masked",
+        kind="masked_lm",
+        columns=("text",),
+        label="",
+        labels=(),
+        metrics=("masked_perplexity", "masked_accuracy"),
+        evaluation_split="test",
+        dataset="Salesforce/wikitext",
+        dataset_config="wikitext-2-raw-v1",
+    ),
+    Task(
+        name="wnut17",
+        kind="token_classification",
+        columns=("tokens",),
+        label="ner_tags",
+        labels=("O", *(f"{begin}-{entity}" for entity in _ENTITIES for begin in "BI")),
+        metrics=("overall_f1", "overall_precision", "overall_recall", "overall_accuracy"),
+        evaluation_split="validation",
+        dataset="leondz/wnut_17",
+        dataset_config=None,
+    ),
+    Task(
+        name="squad",
+        kind="question_answering",
+        columns=("question", "context"),
+        label="answers",
+        labels=(),
+        metrics=("token_f1", "exact_match"),
+        evaluation_split="validation",
+        dataset="rajpurkar/squad",
+        dataset_config=None,
+    ),
+    Task(
+        name="mnist",
+        kind="image_classification",
+        columns=("image",),
+        label="label",
+        labels=tuple("0123456789"),
+        metrics=("accuracy",),
+        evaluation_split="test",
+        dataset="ylecun/mnist",
         dataset_config=None,
     ),
 )

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 import re
-from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,18 +10,19 @@ from typing import TYPE_CHECKING
 from hfcompress.configuration import suggest
 from hfcompress.errors import DataError
 from hfcompress.tasks import demo
+from hfcompress.tasks.kinds import kind_of
 from hfcompress.tasks.task import Task
 
 if TYPE_CHECKING:
+    import pyarrow
     from datasets import Dataset, DatasetDict
 
 _SPLITS = (
     "train",
     *(f"{split}{genre}" for split in ("validation", "test") for genre in ("", "_matched", "_mismatched")),
 )
-_NO_LABELS = "Use a split, or a copy of the data, that has labels."
 _SHARD = re.compile(r"(?P<split>.+?)(?:-(?P<index>\d{5})-of-(?P<count>\d{5}))?")
-_LOCAL_HINT = "Give `data:` a local folder laid out like nyu-mll/glue; it should hold {files}."
+_LOCAL_HINT = "Give `data:` a local folder laid out like {like}; it should hold {files}."
 
 
 def load_data(task: Task, data: str | None = None, *, progress: bool = True) -> DatasetDict:
@@ -32,7 +31,9 @@ def load_data(task: Task, data: str | None = None, *, progress: bool = True) -> 
     Args:
         task: The task.
         data: A local folder laid out like `nyu-mll/glue`: `<config>/<split>.parquet`, or
-            `<config>/<split>-00000-of-00001.parquet`. None takes the Hub, or what the demo fetches.
+            `<config>/<split>-00000-of-00001.parquet`; without `<config>` where the task has none. A split may also
+            be a `.jsonl`, or a `.txt` whose lines, ends included, become the column `text`. None takes the Hub, or
+            what the demo fetches.
         progress: Whether a download shows its progress on standard error.
 
     Returns:
@@ -44,21 +45,32 @@ def load_data(task: Task, data: str | None = None, *, progress: bool = True) -> 
     """
     from datasets import DatasetDict
 
-    if data is not None:
-        splits = _read_folder(task, Path(data))
-    elif task.name == demo.REVIEWS:
-        splits = demo.load_reviews(progress=progress)
-    else:
-        splits = _read_hub(task)
+    splits = read_splits(task, data, progress=progress)
     for split in dict.fromkeys((task.training_split, task.evaluation_split)):
         if split is not None:
             _check_split(task, splits, split)
-    return DatasetDict({name: _name_labels(task, split) for name, split in splits.items()})
+    return DatasetDict({name: kind_of(task).named(task, split) for name, split in splits.items()})
+
+
+def read_splits(task: Task, data: str | None = None, *, progress: bool = True) -> dict[str, Dataset]:
+    """Reads every split as it is; see `load_data`. Nothing is checked: a test split may have no labels.
+
+    Raises:
+        DataError: The data is not there.
+        FetchError: The demo's data did not arrive.
+    """
+    if data is not None:
+        return _read_folder(task, Path(data))
+    if task.name == demo.REVIEWS:
+        return demo.load_reviews(progress=progress)
+    return _read_hub(task)
 
 
 def _local_hint(task: Task) -> str:
+    place = f"{task.dataset_config}/" if task.dataset_config else ""
     splits = (split for split in (task.training_split, task.evaluation_split) if split)
-    return _LOCAL_HINT.format(files=" and ".join(f"{task.dataset_config}/{split}.parquet" for split in splits))
+    files = " and ".join(f"{place}{split}.parquet" for split in splits)
+    return _LOCAL_HINT.format(like=task.dataset, files=files)
 
 
 def _read_hub(task: Task) -> dict[str, Dataset]:
@@ -66,6 +78,8 @@ def _read_hub(task: Task) -> dict[str, Dataset]:
     from datasets.exceptions import DatasetsError
     from huggingface_hub.errors import HfHubHTTPError
 
+    if task.dataset.startswith("./"):
+        raise DataError(f"the data of task '{task.name}' are a local folder ({task.dataset})", hint=_local_hint(task))
     try:
         splits = datasets.load_dataset(task.dataset, task.dataset_config)
     except (OSError, HfHubHTTPError, DatasetsError) as error:
@@ -78,12 +92,12 @@ def _read_hub(task: Task) -> dict[str, Dataset]:
 
 def _read_folder(task: Task, folder: Path) -> dict[str, Dataset]:
     hint = _local_hint(task)
-    if task.dataset_config is None:
+    if task.name == demo.REVIEWS:
         raise DataError(f"task '{task.name}' brings its own data", hint="Leave `data:` out.")
-    place = folder / task.dataset_config
+    place = folder / (task.dataset_config or "")
     if not place.is_dir():
         raise DataError(f"the folder {place} does not exist", hint=hint)
-    files = _split_files(place)
+    files = _split_files(place, task)
     if not files:
         raise DataError(f"the folder {place} holds no .parquet file", hint=hint)
     return {split: _read_files(paths) for split, paths in files.items()}
@@ -93,27 +107,50 @@ def _read_files(paths: list[Path]) -> Dataset:
     # Split by split and without the library's cache: a test split may lack a column that the others have,
     # and a file that was changed in place must not be answered from an older copy.
     import pyarrow
-    import pyarrow.parquet
     from datasets import Dataset
     from datasets.table import InMemoryTable
 
     try:
-        tables = [pyarrow.parquet.read_table(path) for path in paths]
+        tables = [_READERS[path.suffix](path) for path in paths]
         return Dataset(InMemoryTable(pyarrow.concat_tables(tables)))
     except (OSError, ValueError, pyarrow.ArrowException) as error:
         names = ", ".join(path.name for path in paths)
         raise DataError(f"{names} in {paths[0].parent} could not be read: {error}") from error
 
 
-def _split_files(place: Path) -> dict[str, list[Path]]:
+def _read_parquet(path: Path) -> pyarrow.Table:
+    import pyarrow.parquet
+
+    return pyarrow.parquet.read_table(path)
+
+
+def _read_jsonl(path: Path) -> pyarrow.Table:
+    import pyarrow.json
+
+    return pyarrow.json.read_json(path)
+
+
+def _read_lines(path: Path) -> pyarrow.Table:
+    import pyarrow
+
+    # Lines keep their ends, so that joined they are the file again.
+    with path.open(encoding="utf-8", newline="") as file:
+        return pyarrow.table({"text": list(file)})
+
+
+_READERS = {".parquet": _read_parquet, ".jsonl": _read_jsonl, ".txt": _read_lines}
+
+
+def _split_files(place: Path, task: Task) -> dict[str, list[Path]]:
     """Finds the files of every split and refuses doubles, strangers and missing shards."""
     shards: dict[str, dict[tuple[int, int], Path]] = {}
-    for path in sorted(place.glob("*.parquet")):
+    known = {*_SPLITS, task.evaluation_split, *([task.training_split] if task.training_split else [])}
+    for path in sorted(path for path in place.iterdir() if path.suffix in _READERS):
         match = _SHARD.fullmatch(path.stem)
         assert match is not None
         split = match["split"]
-        if split not in _SPLITS:
-            raise DataError(f"{path}: split '{split}' is not known; {suggest(split, _SPLITS)}")
+        if split not in known:
+            raise DataError(f"{path}: split '{split}' is not known; {suggest(split, known)}")
         part = (int(match["index"] or 0), int(match["count"] or 1))
         same = shards.setdefault(split, {})
         if part in same:
@@ -132,64 +169,9 @@ def _check_split(task: Task, splits: Mapping[str, Dataset], name: str) -> None:
     if name not in splits:
         raise DataError(f"{where} is not in the data; found: {', '.join(splits)}")
     split = splits[name]
-    for column in (*task.columns, task.label):
+    for column in (*task.columns, *([task.label] if task.label else [])):
         if column not in split.column_names:
             raise DataError(f"{where}: column '{column}' is missing; found: {', '.join(split.column_names)}")
     if len(split) == 0:
         raise DataError(f"{where} is empty")
-    for column in task.columns:
-        _check_texts(split, column, where)
-    if task.kind == "regression":
-        _check_numbers(split, task.label, where)
-    else:
-        _check_classes(task, split, where, training=name == task.training_split)
-
-
-def _check_texts(split: Dataset, column: str, where: str) -> None:
-    if getattr(split.features[column], "dtype", None) not in ("string", "large_string"):
-        raise DataError(f"{where}: column '{column}' must hold text, not {split.features[column]}")
-    nulls = split.data.column(column).null_count
-    if nulls:
-        raise DataError(f"{where}: column '{column}' has no text in {nulls} rows")
-
-
-def _check_numbers(split: Dataset, column: str, where: str) -> None:
-    for row, value in enumerate(split[column]):
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise DataError(f"{where}: column '{column}' must hold finite numbers; row {row} holds {value!r}")
-    if set(split[column]) == {-1}:
-        raise DataError(f"{where}: every label is -1, which stands for none", hint=_NO_LABELS)
-
-
-def _check_classes(task: Task, split: Dataset, where: str, *, training: bool) -> None:
-    names = getattr(split.features[task.label], "names", None)
-    if names is not None and tuple(names) != task.labels:
-        raise DataError(
-            f"{where}: column '{task.label}' names its classes {', '.join(names)}; "
-            f"the task needs {', '.join(task.labels)}, in this order"
-        )
-    counts = Counter(split[task.label])
-    strange = [value for value in counts if type(value) is not int or not 0 <= value < len(task.labels)]
-    if strange == [-1]:
-        raise DataError(
-            f"{where}: {counts[-1]} of {len(split)} rows have label -1, which stands for none",
-            hint=_NO_LABELS,
-        )
-    if strange:
-        raise DataError(
-            f"{where}: column '{task.label}' holds {strange[0]!r} in {counts[strange[0]]} rows; "
-            f"allowed: 0 to {len(task.labels) - 1} ({', '.join(task.labels)})"
-        )
-    if training and len(counts) == 1:
-        (only,) = counts
-        raise DataError(f"{where}: every row is '{task.labels[only]}', so there is nothing to learn")
-
-
-def _name_labels(task: Task, split: Dataset) -> Dataset:
-    from datasets import ClassLabel
-
-    if not task.labels or task.label not in split.column_names:
-        return split
-    if isinstance(split.features[task.label], ClassLabel):
-        return split
-    return split.cast_column(task.label, ClassLabel(names=list(task.labels)))
+    kind_of(task).check(task, split, where, training=name == task.training_split)

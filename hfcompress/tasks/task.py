@@ -5,7 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-Kind = Literal["classification", "regression"]
+KindName = Literal[
+    "classification",
+    "regression",
+    "causal_lm",
+    "masked_lm",
+    "token_classification",
+    "question_answering",
+    "image_classification",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,10 +22,11 @@ class Task:
 
     Attributes:
         name: Its name in recipes, such as `sst2` or `demo/movie-reviews`.
-        kind: What a model predicts: one of `labels`, or one number.
-        columns: The text column, or the two of a pair, in the order the tokenizer gets them.
-        label: The label column.
-        labels: The label names in the order of the data's label ids; empty for regression.
+        kind: What a model predicts; see `hfcompress.tasks.kinds`.
+        columns: What a model reads: a text column, the two of a pair in the order the tokenizer gets them, a column
+            of words, or one of images.
+        label: The column of right answers; empty where the text itself is the answer, as in language models.
+        labels: The label names in the order of the data's label ids; empty where answers are not labels.
         metrics: What is reported; retention is computed on the first.
         evaluation_split: The split that is measured.
         training_split: The split that is learnt from, or None where a task is only measured.
@@ -26,7 +35,7 @@ class Task:
     """
 
     name: str
-    kind: Kind
+    kind: KindName
     columns: tuple[str, ...]
     label: str
     labels: tuple[str, ...]

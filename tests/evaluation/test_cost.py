@@ -12,7 +12,7 @@ from torch import nn
 
 from hfcompress.errors import ConfigError
 from hfcompress.evaluation import measure_speed
-from hfcompress.evaluation.cost import _ratio_of_medians
+from hfcompress.evaluation.cost import _ratio_of_medians, measure_grid
 
 INPUTS = {"input_ids": torch.zeros(4, 16, dtype=torch.long)}
 
@@ -68,6 +68,20 @@ def test_the_interval_is_narrow_when_times_agree_and_wide_when_not() -> None:
 def test_the_interval_is_the_same_every_time() -> None:
     times = np.random.default_rng(2).uniform(1, 2, size=(20, 2))
     assert _ratio_of_medians(times) == _ratio_of_medians(times)
+
+
+def test_a_grid_times_both_models_at_every_place() -> None:
+    order: list[str] = []
+    slow, fast = Sleeper("A", 0.01, order), Sleeper("B", 0.0, order)
+
+    def inputs(batch_size: int, length: int) -> dict[str, torch.Tensor]:
+        return {"input_ids": torch.zeros(batch_size, length, dtype=torch.long)}
+
+    grid = measure_grid(slow, fast, inputs, batch_sizes=(1, 4), sequence_lengths=(8, 16), repeats=3)
+    assert [(each.batch_size, each.sequence_length) for each in grid] == [(1, 8), (1, 16), (4, 8), (4, 16)]
+    assert all(each.repeats == 3 and each.ratio > 1 for each in grid)
+    assert order.count("A") == order.count("B") == 4 * 6
+    assert measure_grid(slow, fast, inputs, batch_sizes=(), sequence_lengths=(8,)) == ()
 
 
 def test_a_slow_machine_slows_both_and_does_not_widen_the_interval() -> None:

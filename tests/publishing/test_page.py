@@ -11,13 +11,19 @@ from pathlib import Path
 import pytest
 
 from hfcompress.evaluation.comparison import ClassChange, Comparison, Difference
+from hfcompress.evaluation.curves import Curve, Training
+from hfcompress.evaluation.groups import GroupChange
 from hfcompress.evaluation.report import Report
+from hfcompress.evaluation.robustness import Robustness
 from hfcompress.evaluation.usage import LINEAR, QUANTIZED, REST, Usage
 from hfcompress.publishing import card_of_report, figures
+from hfcompress.publishing.charts import lines
 from hfcompress.publishing.drawing import Point, front, maps, scatter, ticks
 from hfcompress.publishing.page import page_of_report, page_of_reports
+from hfcompress.publishing.pictures import write_pictures
 
 HOSTILE = "<script>alert('1')</script>\"'&<img src=x onerror=alert(1)>"
+PDFTOTEXT = shutil.which("pdftotext")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
@@ -33,7 +39,18 @@ def compared(value: float, label: str = "equivalent") -> Comparison:
         ),
         calibration_before=0.05,
         calibration_after=0.07,
+        groups=(
+            GroupChange(column="genre", group="news", examples=100, before=0.9, after=0.8),
+            GroupChange(column="genre", group=label, examples=5, before=0.9, after=0.1),
+        ),
     )
+
+
+def trained(*terms: str) -> Training:
+    steps = tuple(range(10, 210, 10))
+    falling = [Curve(name=name, steps=steps, values=tuple(0.7 / (1 + i / 5) for i in range(20))) for name in terms]
+    rising = Curve(name="accuracy", steps=(50, 100, 150, 200), values=(0.68, 0.75, math.nan, 0.81))
+    return Training(losses=tuple(falling), metrics=(rising,), examples=256)
 
 
 @pytest.fixture
@@ -55,8 +72,13 @@ def whole(report: Report) -> Report:
         parts = {LINEAR: 0.7, REST: 0.3} if place < 4 else {QUANTIZED: 0.8, REST: 0.2}
         usage = Usage(operations=10**10 // (place + 1), memory=10**8, load_seconds=0.1, parts=parts)
         comparison = compared(-0.01 * place) if place else None
-        rows.append(replace(row, findings=findings[place], usage=usage, comparison=comparison))
-    return replace(report, rows=tuple(rows))
+        training = {1: trained("loss"), 2: trained("loss", "loss_labels", "loss_soft")}.get(place)
+        rows.append(replace(row, findings=findings[place], usage=usage, comparison=comparison, training=training))
+    speed = rows[2].speed
+    assert speed is not None
+    grid = (replace(speed, batch_size=1, sequence_length=32), replace(speed, batch_size=64, sequence_length=0))
+    changed = Robustness(change="typos", original={"accuracy": 0.44}, compressed={"accuracy": 0.33})
+    return replace(report, rows=tuple(rows), grid=grid, robustness=(changed,))
 
 
 class Reader(HTMLParser):
@@ -98,9 +120,22 @@ def read(page: str) -> Reader:
 
 def test_the_page_says_what_the_report_says(whole: Report) -> None:
     read_page = read(page_of_report(whole))
-    for said in ("quickstart", "8.40x", "96.2%", "0.8750", "1.90x", "31", "22 were right before", "5.00x fewer"):
+    for said in (
+        "quickstart",
+        "8.40x",
+        "96.2%",
+        "0.8750",
+        "1.90x",
+        "31",
+        "22 were right before",
+        "5.00x fewer",
+        "1 x 32 tokens",
+        "genre: news",
+        "0.3300",
+    ):
         assert said in read_page.text.replace("\xa0", " "), said
-    assert read_page.tags.count("svg") == 2 and "rare" in read_page.text
+    assert read_page.tags.count("svg") == 6 + 6 and "rare" in read_page.text  # six pictures, six keys
+    assert "loss labels" in read_page.text and "256 rows" in read_page.text
     assert page_of_report(whole) == page_of_report(whole)
 
 
@@ -122,6 +157,7 @@ def test_values_are_shown_not_obeyed(whole: Report) -> None:
             metrics={HOSTILE: 0.5},
             findings={HOSTILE: {HOSTILE: {f"{HOSTILE}.0.{HOSTILE}": 3, "layer.1": 4}}},
             comparison=row.comparison and compared(-0.1, HOSTILE),
+            training=row.training and trained("loss", HOSTILE),
         )
         for row in whole.rows
     )
@@ -143,7 +179,7 @@ def test_values_are_shown_not_obeyed(whole: Report) -> None:
 
 
 def test_what_was_not_measured_is_left_out(report: Report) -> None:
-    bare = replace(report, rows=tuple(replace(row, speed=None, findings={}) for row in report.rows))
+    bare = replace(report, rows=tuple(replace(row, speed=None, findings={}, training=None) for row in report.rows))
     text = read(page_of_report(bare)).text
     assert "Speed was not measured" in text and "not measured" in text
     assert "Answer by answer" not in text and "What a pass takes" not in text and "layer by layer" not in text
@@ -168,11 +204,13 @@ def test_the_reasons_name_where_the_time_goes(whole: Report) -> None:
 
 
 def test_the_card_says_the_same(whole: Report) -> None:
-    card = card_of_report(whole, quant_method=None, pictured=True)
+    card = card_of_report(whole, quant_method=None, pictures=["pictures/quality.png"])
     assert "![quality against bytes on disk and against time](pictures/quality.png)" in card
     assert "| quantize | -0.0400 (-0.0500 to -0.0300) | 31 | 22 | 9 | 0.0500 to 0.0700 |" in card
     assert "31 of 408 answers differ from the original's; the original had 22 of them right." in card
     assert "Of the classes equivalent loses most: 93.0% right before, 91.0% after (279 examples)." in card
+    assert "Of the groups genre: news loses most: 90.0% right before, 80.0% after (100 examples)." in card
+    assert "| genre: news | 100 | 90.0% |" in card
     assert "Its calibration error grows from 0.0500 to 0.0700." in card
     assert "quantize has 5.00x fewer operations and is 1.90x as fast." in card
     assert "pictures/" not in card_of_report(whole, quant_method=None)
@@ -194,6 +232,32 @@ def test_the_front_is_what_nothing_beats() -> None:
 
     small, middle, large, beaten, twin = at(1, 0.5), at(2, 0.7), at(3, 0.9), at(3, 0.7), at(2, 0.6)
     assert front([large, beaten, small, twin, middle]) == [small, middle, large]
+
+
+def test_a_chart_draws_a_line_for_each_curve_that_has_points() -> None:
+    one, two = trained("loss", "loss_soft").losses
+    drawn = lines([one, replace(two, steps=(10,), values=(1.0,)), two], title="t", up="loss")
+    assert drawn.count("<polyline") == 2 and "line1" in drawn and "line3" in drawn and "line2" not in drawn
+    (metric,) = trained("loss").metrics
+    assert lines([metric], title="t", up="x").count("<circle") == 3, "the one that is no number is left out"
+    nothing = replace(one, values=(math.nan,) * 20)
+    assert lines([nothing], title="t", up="x") == "" == lines([], title="t", up="x")
+    flat = replace(one, values=(0.0,) * 20)
+    assert "nan" not in lines([flat], title="t", up="x")
+
+
+def test_pictures_of_the_training(whole: Report, tmp_path: Path) -> None:
+    from PIL import Image
+
+    names = [path.name for path in write_pictures(tmp_path, whole)]
+    assert names == ["quality.png", "training.png"]
+    with Image.open(tmp_path / "pictures" / "training.png") as image:
+        assert image.width > 1000 and len(image.convert("RGB").getcolors(1 << 24) or ()) > 50
+    card = card_of_report(whole, quant_method=None, pictures=["pictures/training.png"])
+    assert "![loss and metrics while it was trained](pictures/training.png)" in card and "quality.png" not in card
+    untrained = replace(whole, rows=tuple(replace(row, training=None) for row in whole.rows))
+    assert [path.name for path in write_pictures(tmp_path, untrained)] == ["quality.png"]
+    assert not (tmp_path / "pictures" / "training.png").exists(), "one of an earlier report goes"
 
 
 @pytest.mark.parametrize(("low", "high"), [(0, 90.9), (0.84, 0.88), (0, 1), (0.8, 0.8000001), (-0.2, 1e9), (0, 3e-9)])
@@ -265,3 +329,16 @@ def test_a_browser_shows_it_without_scrolling_sideways(whole: Report, tmp_path: 
     subprocess.run(command, check=True, capture_output=True, timeout=120)
     with Image.open(picture) as image:
         assert image.width == width and len(image.convert("RGB").getcolors(1 << 24) or ()) > 50
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None or PDFTOTEXT is None, reason="no chromium or no pdftotext on the PATH")
+def test_on_paper_no_column_is_cut_off(whole: Report, tmp_path: Path) -> None:
+    (tmp_path / "page.html").write_text(page_of_report(whole))
+    command = [str(CHROMIUM), "--headless=new", "--no-sandbox", "--disable-gpu", "--no-pdf-header-footer"]
+    command += [f"--user-data-dir={tmp_path / 'profile'}", f"--print-to-pdf={tmp_path / 'page.pdf'}"]
+    subprocess.run([*command, f"file://{tmp_path}/page.html"], check=True, capture_output=True, timeout=120)
+    read = subprocess.run([str(PDFTOTEXT), "-layout", tmp_path / "page.pdf", "-"], capture_output=True, text=True)
+    lines = [" ".join(line.split()) for line in read.stdout.replace("\xa0", " ").splitlines()]
+    assert any(line.startswith("5 quantize quantization 0.8750") and line.endswith(" 12 s") for line in lines), lines
+    assert any(line.startswith("quantize 2.00 GFLOP 5.00x") and line.endswith("20%") for line in lines), lines

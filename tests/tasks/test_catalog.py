@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import pytest
+import transformers
 
 from hfcompress.errors import DataError
-from hfcompress.tasks import get_task, task_names
+from hfcompress.evaluation.metrics import METRICS
+from hfcompress.tasks import KINDS, get_task, task_names
 
 # Copied from the data set's own features, so that a slip in the catalogue shows.
 GLUE_LABELS = {
@@ -23,7 +25,32 @@ GLUE_LABELS = {
 
 
 def test_all_glue_tasks_and_the_demo_are_there() -> None:
-    assert set(task_names()) == {*GLUE_LABELS, "demo/movie-reviews"}
+    others = {"wikitext-2", "wikitext-2-masked", "wnut17", "squad", "mnist"}
+    assert set(task_names()) == {*GLUE_LABELS, "demo/movie-reviews", *others}
+    assert {get_task(name).kind for name in task_names()} == set(KINDS)
+
+
+def test_tasks_name_metrics_and_labels_of_their_kind() -> None:
+    for name in task_names():
+        task, kind = get_task(name), KINDS[get_task(name).kind]
+        assert set(task.metrics) <= set(kind.metrics) and bool(task.labels) == kind.labelled
+        assert getattr(transformers, kind.auto_class)
+
+
+def test_every_metric_of_a_kind_is_known() -> None:
+    for kind in KINDS.values():
+        assert set(kind.defaults) <= set(kind.metrics) <= set(METRICS)
+
+
+def test_wnut_labels_stand_in_the_order_of_the_data() -> None:
+    assert get_task("wnut17").labels[:5] == (
+        "O",
+        "B-corporation",
+        "I-corporation",
+        "B-creative-work",
+        "I-creative-work",
+    )
+    assert len(get_task("wnut17").labels) == 13
 
 
 @pytest.mark.parametrize("name", GLUE_LABELS)

@@ -1,0 +1,124 @@
+"""What a run's models cost and bear, the original beside them; every measurement is kept with its step."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hfcompress.evaluation.cost import Speed, measure_grid, measure_speed, speed_inputs
+from hfcompress.evaluation.report import describe_environment
+from hfcompress.evaluation.robustness import Robustness, evaluate_changed
+from hfcompress.evaluation.usage import Usage, measure_usage
+from hfcompress.recipe import Recipe
+from hfcompress.run_folder import COSTS, GRID, ROBUSTNESS, Done, key_of, read_json, write_json
+from hfcompress.tasks import Task, kind_of
+
+if TYPE_CHECKING:
+    import torch
+    from datasets import Dataset
+    from transformers import PreTrainedModel
+
+logger = logging.getLogger(__name__)
+
+
+class Costing:
+    """Times models and measures them on changed texts.
+
+    Args:
+        recipe: Says what is asked for.
+        task: The recipe's task.
+        tokenizer_of: Returns the tokenizer (or image processor) of a checkpoint.
+    """
+
+    def __init__(self, recipe: Recipe, task: Task, tokenizer_of: Callable[[Path], Any]) -> None:
+        self._asked, self._max_length = recipe.evaluation, recipe.max_length
+        self._task, self._kind, self._tokenizer_of = task, kind_of(task), tokenizer_of
+
+    def costs(self, done: Sequence[Done]) -> list[tuple[Speed | None, Usage]]:
+        """Times each step's model beside the original, which is the first of them and has no speed of its own."""
+        original = None
+        costs: list[tuple[Speed | None, Usage]] = []
+        for each in done:
+            file = each.folder / COSTS
+            key = key_of(each.key, self._asked.model_dump(), describe_environment())
+            known = read_json(file)
+            if known and known["key"] == key:
+                costs.append((known["speed"] and Speed(**known["speed"]), Usage(**known["usage"])))
+                continue
+            logger.info("timing %s", each.name)
+            original = original or self._kind.load(done[0].checkpoint)
+            model = self._kind.load(each.checkpoint)
+            size, length = self._asked.speed_batch_size, self._asked.speed_sequence_length
+            inputs = self._inputs(original, model, size, length)
+            speed = None
+            if each is not done[0]:
+                speed = measure_speed(original, model, inputs, repeats=self._asked.speed_repeats)
+            del model
+            usage = measure_usage(partial(self._kind.load, each.checkpoint), inputs)
+            write_json(file, {"key": key, "speed": speed and asdict(speed), "usage": asdict(usage)})
+            costs.append((speed, usage))
+        return costs
+
+    def grid(self, first: Done, last: Done) -> tuple[Speed, ...]:
+        """Times the result beside the original at several batch sizes and lengths."""
+        asked, file = self._asked, last.folder / GRID
+        key = key_of(first.key, last.key, asked.model_dump(), describe_environment())
+        known = read_json(file)
+        if known and known["key"] == key:
+            return tuple(Speed(**speed) for speed in known["grid"])
+        if last is first or not asked.grid_batch_sizes:
+            return ()
+        original, model = self._kind.load(first.checkpoint), self._kind.load(last.checkpoint)
+        longest = _longest(self._tokenizer_of(last.checkpoint), original.config)
+        lengths = [each for each in asked.grid_sequence_lengths if each <= longest]
+        if self._kind.speed_inputs(original.config, 1):
+            lengths = lengths[:1]  # its inputs are of one size
+        logger.info("timing batches of %s at lengths %s", list(asked.grid_batch_sizes), lengths)
+        grid = measure_grid(
+            original,
+            model,
+            partial(self._inputs, original, model),
+            batch_sizes=asked.grid_batch_sizes,
+            sequence_lengths=lengths,
+            repeats=max(3, asked.speed_repeats // 2),
+        )
+        write_json(file, {"key": key, "grid": [asdict(speed) for speed in grid]})
+        return grid
+
+    def robustness(self, first: Done, last: Done, rows: Dataset) -> tuple[Robustness, ...]:
+        """Measures the original and the result on changed texts of `rows`."""
+        asked, file = self._asked, last.folder / ROBUSTNESS
+        key = key_of(first.key, last.key, asked.robustness)
+        known = read_json(file)
+        if not known or known["key"] != key:
+            scores: dict[str, list[dict[str, float]]] = {change: [] for change in asked.robustness}
+            for each in (first, last) if asked.robustness else ():
+                model, tokenizer = self._kind.load(each.checkpoint), self._tokenizer_of(each.checkpoint)
+                how = {"max_length": self._max_length, "batch_size": asked.batch_size}
+                for change in asked.robustness:
+                    logger.info("measuring %s with %s", each.name, change)
+                    quality = evaluate_changed(model, rows, self._task, tokenizer, change, **how)
+                    scores[change].append(quality.metrics)
+            known = {"key": key, "scores": scores}
+            write_json(file, known)
+        return tuple(
+            Robustness(change=change, original=before, compressed=after)
+            for change, (before, after) in known["scores"].items()
+        )
+
+    def _inputs(
+        self, original: PreTrainedModel, model: PreTrainedModel, batch_size: int, length: int
+    ) -> Mapping[str, torch.Tensor]:
+        vocabulary = min(getattr(each.config, "vocab_size", 0) for each in (original, model))
+        return self._kind.speed_inputs(original.config, batch_size) or speed_inputs(vocabulary, batch_size, length)
+
+
+def _longest(processor: Any, config: Any) -> int:
+    """Returns how many tokens a model can read, as far as its tokenizer and its config say."""
+    said = (getattr(processor, "model_max_length", None), getattr(config, "max_position_embeddings", None))
+    return min((each for each in said if each), default=sys.maxsize)

@@ -1,0 +1,189 @@
+"""Tiny real models, processors and data for every kind of task that is not sentence classification."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import torch
+from PIL import Image
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    BertForQuestionAnswering,
+    BertForTokenClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    ViTConfig,
+    ViTForImageClassification,
+)
+from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
+
+from tests.workshop import NEVER_SAID, SPECIAL, WORDS, tiny_tokenizer
+
+VOCABULARY = SPECIAL + WORDS + NEVER_SAID
+BERT: dict[str, Any] = {
+    "vocab_size": len(VOCABULARY),
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 96,
+    "max_position_embeddings": 32,
+    "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0,
+}
+ENTITIES = ("O", "B-thing", "I-thing", "B-verdict", "I-verdict")
+
+
+def plain_tokenizer() -> PreTrainedTokenizerFast:
+    """One that adds no special tokens and has nothing to pad with, as language models' often are."""
+    tokenizer = Tokenizer(models.WordLevel({word: at for at, word in enumerate(VOCABULARY)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]", model_max_length=32)
+
+
+def texts(count: int, seed: int) -> list[str]:
+    """Sentences in which a word often follows from the one before."""
+    generator = np.random.default_rng(seed)
+    said = []
+    for _ in range(count):
+        word, words = int(generator.integers(len(WORDS))), []
+        for _ in range(int(generator.integers(4, 12))):
+            words.append(WORDS[word])
+            word = (word + 1) % len(WORDS) if generator.random() < 0.8 else int(generator.integers(len(WORDS)))
+        said.append(" ".join(words))
+    return said
+
+
+def write_parquet(path: Path, columns: dict[str, list[Any]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pyarrow.parquet.write_table(pyarrow.table(columns), path)
+
+
+# Data: one function a kind; each writes a split of a task
+
+
+def running_text(path: Path, count: int, seed: int) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.with_suffix(".txt").write_text("".join(f"{text}\n" for text in texts(count, seed)))
+
+
+def tagged_words(path: Path, count: int, seed: int) -> None:
+    kinds = {"film": 1, "plot": 1, "good": 3, "bad": 3, "fine": 3, "dull": 3}
+    sentences, tags = [text.split() for text in texts(count, seed)], []
+    for words in sentences:
+        own = [kinds.get(word, 0) for word in words]
+        tags.append([tag + 1 if tag and at and own[at - 1] == tag else tag for at, tag in enumerate(own)])
+    write_parquet(path, {"tokens": sentences, "ner_tags": tags})
+
+
+def questions(path: Path, count: int, seed: int) -> None:
+    contexts, asked, answers = [], [], []
+    for text in texts(count, seed):
+        words = text.split()
+        place = len(words) // 2
+        asked.append(words[place - 1])
+        contexts.append(text)
+        answers.append({"text": [words[place]], "answer_start": [len(" ".join([*words[:place], ""]))]})
+    write_parquet(path, {"question": asked, "context": contexts, "answers": answers})
+
+
+def pictures(path: Path, count: int, seed: int) -> None:
+    generator = np.random.default_rng(seed)
+    images, labels = [], []
+    for _ in range(count):
+        label = int(generator.integers(2))
+        pixels = (generator.integers(0, 90, (12, 12)) + 150 * label).astype("uint8")
+        file = io.BytesIO()
+        Image.fromarray(pixels).save(file, "PNG")
+        images.append({"bytes": file.getvalue(), "path": None})
+        labels.append(label)
+    write_parquet(path, {"image": images, "label": labels})
+
+
+# Models with their processors
+
+
+def language_model(folder: Path) -> None:
+    config = LlamaConfig(
+        vocab_size=len(VOCABULARY),
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=96,
+        max_position_embeddings=64,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    plain_tokenizer().save_pretrained(folder)
+
+
+def filler(folder: Path) -> None:
+    BertForMaskedLM(BertConfig(**BERT)).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+
+
+def tagger(folder: Path) -> None:
+    # Its labels stand in another order than the task's.
+    names = dict(enumerate(reversed(ENTITIES)))
+    config = BertConfig(**BERT, id2label=names, label2id={name: at for at, name in names.items()})
+    BertForTokenClassification(config).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+
+
+def reader(folder: Path) -> None:
+    BertForQuestionAnswering(BertConfig(**BERT)).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+
+
+def seer(folder: Path) -> None:
+    config = ViTConfig(
+        image_size=12,
+        patch_size=6,
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=96,
+        id2label={0: "dark", 1: "light"},
+        label2id={"dark": 0, "light": 1},
+    )
+    ViTForImageClassification(config).save_pretrained(folder)
+    ViTImageProcessorPil(size={"height": 12, "width": 12}).save_pretrained(folder)
+
+
+Maker = Callable[[Path], None]
+Writer = Callable[[Path, int, int], None]
+
+# Each kind: what a recipe says of it, its data, its model.
+KINDS: dict[str, tuple[dict[str, Any], Writer, Maker]] = {
+    "causal_lm": ({}, running_text, language_model),
+    "masked_lm": ({}, running_text, filler),
+    "token_classification": ({"labels": list(ENTITIES)}, tagged_words, tagger),
+    "question_answering": ({}, questions, reader),
+    "image_classification": ({"labels": ["dark", "light"], "metrics": ["accuracy", "f1"]}, pictures, seer),
+}
+
+
+def save_task(folder: Path, kind: str, train: int = 96, validation: int = 48) -> dict[str, Any]:
+    """Writes a kind's model and data into a folder and returns what a recipe says: `model` and `task`."""
+    said, write, make = KINDS[kind]
+    torch.manual_seed(0)
+    make(folder / "model")
+    write(folder / "data" / "train.parquet", train, 1)
+    write(folder / "data" / "validation.parquet", validation, 2)
+    return {"model": str(folder / "model"), "task": {"kind": kind, "data": str(folder / "data"), **said}}
+
+
+def recipe_text(said: dict[str, Any], steps: list[dict[str, Any]], **more: Any) -> str:
+    """Returns a recipe; JSON is YAML."""
+    asked = {"batch_size": 16, "speed_batch_size": 2, "speed_sequence_length": 8, "speed_repeats": 3}
+    whole = {"name": "tiny", **said, "max_length": 16, "evaluation": asked, "steps": steps, **more}
+    return json.dumps(whole)
