@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import textwrap
-import time
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -59,7 +58,7 @@ def recipe(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["evaluate", "--help"]])
-def test_help_is_quick_and_loads_nothing_heavy(arguments: list[str]) -> None:
+def test_help_loads_nothing_heavy(arguments: list[str]) -> None:
     watch = """
     import atexit, sys
     def tell():
@@ -71,16 +70,6 @@ def test_help_is_quick_and_loads_nothing_heavy(arguments: list[str]) -> None:
     assert done.returncode == 0
     assert "Usage:" in done.stdout
     assert "HEAVY []" in done.stderr
-
-
-def test_help_takes_less_than_half_a_second() -> None:
-    def once() -> float:
-        start = time.perf_counter()
-        hfcompress("--help")
-        return time.perf_counter() - start
-
-    # The best of five: other processes share the cores.
-    assert min(once() for _ in range(5)) < 0.5
 
 
 def test_help_names_every_command() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import tarfile
-import time
 import zipfile
 from pathlib import Path
 
@@ -112,9 +111,7 @@ def test_the_real_reviews_arrive_and_are_read_from_the_cache_next_time() -> None
     train, validation = ({text.casefold() for text in split["sentence"]} for split in splits.values())
     assert len(train) == 8611
     assert not train & validation
-    started = time.monotonic()
     again = load_data(task)
-    assert time.monotonic() - started < 2
     assert list(again["validation"]["sentence"]) == list(splits["validation"]["sentence"])
 
 
