@@ -26,6 +26,7 @@ from hfcompress.evaluation.report import Report, Row, describe_environment, rete
 from hfcompress.evaluation.robustness import KINDS
 from hfcompress.methods.registry import Batch, Context, method_of
 from hfcompress.modeling.checkpoint import save
+from hfcompress.modeling.integrity import require_undamaged
 from hfcompress.modeling.measure import count_parameters, weight_bytes
 from hfcompress.recipe import Recipe, Step
 from hfcompress.recipe.schema import is_local
@@ -384,6 +385,7 @@ def find_model(name: str, *, progress: bool) -> Path:
 
     Raises:
         DataError: A local folder holds no checkpoint.
+        CheckpointError: What was fetched is not what hfcompress saved.
     """
     if is_demo_model(name):
         return fetch_model(name, progress=progress)
@@ -394,7 +396,9 @@ def find_model(name: str, *, progress: bool) -> Path:
         return folder
     from huggingface_hub import snapshot_download
 
-    return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model"]))
+    folder = Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model"]))
+    require_undamaged(folder)
+    return folder
 
 
 def _training_split(task: Task) -> str:

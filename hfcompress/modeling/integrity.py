@@ -249,6 +249,23 @@ def verify_files(directory: Path | str) -> list[Finding]:
     return findings + _compare_written_config(seal, directory)
 
 
+def require_undamaged(directory: Path | str) -> None:
+    """Holds a checkpoint that was fetched to its digests; one that hfcompress did not write has none to be held to.
+
+    Raises:
+        CheckpointError: A file is not what was saved.
+    """
+    directory = Path(directory)
+    if read_seal([read_header(file) for file in weight_files(directory)]) is None:
+        return
+    findings = verify_files(directory)
+    if findings:
+        raise CheckpointError(
+            f"the checkpoint is not what was saved: {findings[0]}",
+            hint=f"Remove {directory} and fetch it again; if it stays so, what was published is damaged.",
+        )
+
+
 def _compare_digests(seal: Mapping[str, Any], header: Header, comparable: set[str]) -> list[Finding]:
     findings: list[Finding] = []
     chunk = memoryview(bytearray(1 << 20))  # reading is faster here than mapping: no page faults

@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 from huggingface_hub import HfApi, constants
+from transformers import AutoModelForSequenceClassification
 
+from hfcompress import LowRankConfig, compress
 from hfcompress.errors import CheckpointError, ConfigError, HubError
 from hfcompress.evaluation.report import Report
 from hfcompress.publishing.contents import collect
@@ -46,7 +48,7 @@ def test_pushed_then_loaded_gives_the_same_logits(
     hub: LoopbackHub, checkpoint: Path, report: Report, tmp_path: Path
 ) -> None:
     import torch
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+    from transformers import AutoTokenizer
 
     (checkpoint / "README.md").unlink()
     write_card(checkpoint, report)
@@ -91,6 +93,39 @@ def test_a_secret_stops_everything(hub: LoopbackHub, checkpoint: Path) -> None:
         push(checkpoint, "org/tiny")
     assert TOKEN not in str(caught.value)
     assert not hub.calls
+
+
+FETCHED = """
+from pathlib import Path
+from hfcompress.errors import CheckpointError
+from hfcompress.pipeline import find_model
+from hfcompress.publishing.hub import push
+push(Path({directory!r}), "org/tiny")
+try:
+    print(find_model("org/tiny", progress=False))
+except CheckpointError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_what_is_fetched_is_held_to_its_digests(
+    hub: LoopbackHub, checkpoint: Path, tmp_path: Path, damaged: bool
+) -> None:
+    compress(AutoModelForSequenceClassification.from_pretrained(checkpoint), [LowRankConfig(rank=8)]).save_pretrained(
+        checkpoint
+    )
+    if damaged:
+        weights = checkpoint / "model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
+    done = hub.run(FETCHED.format(directory=str(checkpoint)), tmp_path / "home")
+    assert done.returncode == 0, done.stderr
+    said = done.stdout.splitlines()
+    assert ("is not what was saved" in done.stdout) == damaged
+    assert (
+        damaged
+        or (Path(said[-1]) / "model.safetensors").read_bytes() == (checkpoint / "model.safetensors").read_bytes()
+    )
 
 
 def test_without_a_login(hub: LoopbackHub, checkpoint: Path, tmp_path: Path) -> None:
