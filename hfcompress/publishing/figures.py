@@ -158,11 +158,16 @@ def grid(report: Report) -> Table | None:
     head = ("batch x length", report.rows[0].name, report.rows[-1].name, "speed-up")
     rows = []
     for speed in report.grid:
-        tokens = f" x {speed.sequence_length:,} tokens" if speed.sequence_length else ""
         ends = f"({number(speed.low, '.2f')} to {number(speed.high, '.2f')})"
         times = [milliseconds(seconds) for seconds in (speed.original_seconds, speed.compressed_seconds)]
-        rows.append((f"{speed.batch_size:,}{tokens}", *times, f"{number(speed.ratio, '.2f', 'x')} {ends}"))
+        rows.append((batch_of(speed), *times, f"{number(speed.ratio, '.2f', 'x')} {ends}"))
     return Table(head=head, rows=tuple(rows))
+
+
+def batch_of(speed: Speed) -> str:
+    """Says how many examples, of how many tokens each, a speed was measured with."""
+    tokens = f" x {speed.sequence_length:,} tokens" if speed.sequence_length else ""
+    return f"{speed.batch_size:,}{tokens}"
 
 
 def reasons(report: Report) -> list[str]:

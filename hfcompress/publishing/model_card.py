@@ -312,6 +312,9 @@ def _lost_speed(report: Report) -> list[str]:
         lines.append(f"It is slower than the original on the machine named above: {speed_up(report.rows[-1])}.")
     elif not last.low > 1:
         lines.append(f"No speed-up can be told from no change: {speed_up(report.rows[-1])}.")
+    slow = [f"{figures.batch_of(each)} ({each.ratio:.2f}x)" for each in report.grid if each.high < 1]
+    if slow:
+        lines.append(f"It is slower than the original at these batches: {', '.join(slow)}.")
     for before, after in pairwise(report.rows):
         if before.speed and after.speed and after.speed.high < before.speed.low:
             times = f"{speed_up(before)} before, {speed_up(after)} after"

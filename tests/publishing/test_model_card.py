@@ -133,6 +133,15 @@ def test_losses_are_told(report: Report) -> None:
     assert "The step quantize made it slower: 2.40x (2.35 to 2.45) before, 1.90x (1.85 to 1.95) after." in text
 
 
+def test_batches_that_are_slower_are_told(report: Report) -> None:
+    speed = report.rows[-1].speed
+    assert speed is not None
+    slow = replace(speed, batch_size=1, sequence_length=32, low=0.5, ratio=0.54, high=0.6)
+    text = card_of_report(replace(report, grid=(slow, speed)), quant_method=None)
+    assert "It is slower than the original at these batches: 1 x 32 tokens (0.54x)." in text
+    assert "at these batches" not in card_of_report(replace(report, grid=(speed,)), quant_method=None)
+
+
 @pytest.mark.parametrize(
     ("low", "ratio", "high", "said"),
     [
