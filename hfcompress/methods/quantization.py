@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from hfcompress.configuration import Config
 from hfcompress.errors import CompressionError
 from hfcompress.methods.registry import Context, Method, register
-from hfcompress.modeling.anatomy import base_model, linear_layers, modules_of
+from hfcompress.modeling.anatomy import base_model, spread_over_linears
 from hfcompress.modeling.checkpoint import commit
 from hfcompress.modeling.layers.bitsandbytes import Kind, kind_of, quantize_linear
 from hfcompress.modeling.tables import TableKind, plan_tables, quantize_tables
@@ -64,7 +64,8 @@ def quantization(model: PreTrainedModel, config: QuantizationConfig, context: Co
             hint="Start from the float checkpoint.",
         )
     tables = plan_tables(model, config.embeddings, config.embedding_group_size)
-    kinds = _kinds(model, config)
+    groups: dict[str, Kind | None] = {"attention": config.attention, "ffn": config.ffn}
+    kinds: dict[str, Kind] = spread_over_linears(model, config.weights, groups)
     for path, kind in kinds.items():
         base.set_submodule(path, quantize_linear(_as_linear(base.get_submodule(path)), kind))
     quantize_tables(model, tables)
@@ -86,25 +87,6 @@ def _as_linear(module: nn.Module) -> nn.Linear:
         linear = nn.Linear(weight.shape[1], weight.shape[0])
     linear.weight, linear.bias = nn.Parameter(weight), module.bias
     return linear.train(module.training)
-
-
-def _kinds(model: PreTrainedModel, config: QuantizationConfig) -> dict[str, Kind]:
-    # What the family keeps in float32 by name its forward also asks to be of a float type (T5's `wo`).
-    in_float = set(getattr(model, "_keep_in_fp32_modules", None) or ())
-    linears = [
-        name
-        for name, module in linear_layers(model).items()
-        if type(module) in (nn.Linear, Conv1D) and not in_float & set(name.split("."))
-    ]
-    kinds: dict[str, Kind] = {name: config.weights for name in linears} if config.weights else {}
-    groups: dict[str, Kind | None] = {"attention": config.attention, "ffn": config.ffn}
-    for group, kind in groups.items():
-        if kind is None:
-            continue
-        paths = modules_of(model, (group,))
-        # A low-rank layer is its two factors.
-        kinds |= {name: kind for name in linears if any(name == path or name.startswith(f"{path}.") for path in paths)}
-    return kinds
 
 
 register(

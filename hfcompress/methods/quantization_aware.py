@@ -14,7 +14,7 @@ from hfcompress.configuration import Config
 from hfcompress.errors import CompressionError
 from hfcompress.methods.registry import Context, Method, register
 from hfcompress.methods.training import Part
-from hfcompress.modeling.anatomy import base_model, linear_layers, modules_of
+from hfcompress.modeling.anatomy import base_model, spread_over_linears
 from hfcompress.modeling.checkpoint import commit
 from hfcompress.modeling.layers.bitsandbytes import kind_of
 from hfcompress.modeling.layers.packed_linear import PackedKind, PackedLinear, RoundingConv1D, RoundingLinear
@@ -27,8 +27,8 @@ class QuantizationAwareConfig(Config):
     Attributes:
         weights: Linear layers of the base model: `packed-8`, `packed-4`, `packed-2`, `ternary` or `binary`, or None
             to leave them as they are. Task heads stay as they are. With a `training` step the layers
-            learn under this rounding from the first step on (Zhang et al. 2020, TernaryBERT), and distillation
-            helps much; without one the weights are rounded as they are, which below 4 bits loses most of a model.
+            learn under this rounding from the first step on, best with distillation (Zhang et al. 2020, TernaryBERT);
+            without one the weights are rounded as they are.
         attention: The same for attention alone, over `weights`.
         ffn: The same for feed-forward blocks alone, over `weights`.
         embeddings: Embedding tables: `int8`, `int4`, or None; rounded row by row at the end.
@@ -60,17 +60,9 @@ def quantization_aware(model: PreTrainedModel, config: QuantizationAwareConfig, 
 
 
 def _kinds(model: PreTrainedModel, config: QuantizationAwareConfig) -> dict[str, PackedKind]:
-    base, linears = base_model(model), linear_layers(model)
-    # What a family keeps in float32 by name its forward also asks to be of a float type (T5's `wo`).
-    in_float = set(getattr(model, "_keep_in_fp32_modules", None) or ())
-    kinds: dict[str, PackedKind] = {}
-    if config.weights:
-        kinds |= {name: config.weights for name in linears if not in_float & set(name.split("."))}
+    base = base_model(model)
     groups: dict[str, PackedKind | None] = {"attention": config.attention, "ffn": config.ffn}
-    for group, kind in groups.items():
-        paths = modules_of(model, (group,)) if kind else []
-        if kind:  # a low-rank layer is its two factors
-            kinds |= {name: kind for name in linears if any(name == p or name.startswith(f"{p}.") for p in paths)}
+    kinds: dict[str, PackedKind] = spread_over_linears(model, config.weights, groups)
     if not kinds:
         raise CompressionError("weights, attention and ffn name no layer: there is nothing to quantize")
     for name in kinds:

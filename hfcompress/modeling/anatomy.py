@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -22,6 +22,8 @@ from hfcompress.modeling.architectures import (
     architectures,
 )
 from hfcompress.modeling.layers.low_rank import LowRankLinear
+
+KindT = TypeVar("KindT")
 
 ROLES = ("query", "key", "value", "attention_output", "ffn_input", "ffn_output")
 # Every linear layer of the base model, in any family.
@@ -255,6 +257,31 @@ def modules_of(model: PreTrainedModel, targets: Iterable[str]) -> list[str]:
             by_role = modules_by_role(model)
             paths += [path for role in ROLE_GROUPS.get(target, (target,)) for path in by_role[role]]
     return list(dict.fromkeys(paths))
+
+
+def spread_over_linears(
+    model: PreTrainedModel, everywhere: KindT | None, by_group: Mapping[str, KindT | None]
+) -> dict[str, KindT]:
+    """Returns what is meant for each linear layer of the base model, the halves of low-rank ones included.
+
+    Args:
+        model: The model; of any family where no group is given anything.
+        everywhere: What is meant for every layer, but for those that the family keeps in float32 by name: its
+            forward also asks them to be of a float type (T5's `wo`). None for nothing.
+        by_group: The same for the layers of a key of `ROLE_GROUPS` alone, over `everywhere`.
+    """
+    linears = linear_layers(model)
+    in_float = set(getattr(model, "_keep_in_fp32_modules", None) or ())
+    meant: dict[str, KindT] = {}
+    if everywhere is not None:
+        meant |= {name: everywhere for name in linears if not in_float & set(name.split("."))}
+    for group, kind in by_group.items():
+        if kind is None:
+            continue
+        paths = modules_of(model, (group,))
+        # A low-rank layer is its two factors.
+        meant |= {name: kind for name in linears if any(name == p or name.startswith(f"{p}.") for p in paths)}
+    return meant
 
 
 def embedding_paths(model: PreTrainedModel) -> list[str]:
