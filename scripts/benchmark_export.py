@@ -2,6 +2,8 @@
 
     bash scripts/environment_export.sh scripts/benchmark_export.py CHECKPOINT --exports FOLDER --task demo/movie-reviews
 
+The study of several models and of the engines by hand is `scripts/studies/engines.py`.
+
 Exports that are in FOLDER already are used as they are. What is timed is the graph alone, without tokenizing.
 Accuracy is that of `--rows` validation rows.
 """
@@ -21,8 +23,8 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from hfcompress.commands import _export_data
 from hfcompress.deployment import ExportConfig, Pipeline, export
+from hfcompress.deployment.calibration import calibration_data
 from hfcompress.modeling.measure import weight_bytes
 from hfcompress.tasks import get_task, load_data
 
@@ -70,7 +72,8 @@ def runs(options: argparse.Namespace) -> tuple[dict[str, Run], dict[str, int]]:
         "torch bf16": in_torch(options.checkpoint, torch.bfloat16),
     }
     sizes = {"torch fp32": weight_bytes(options.checkpoint), "torch bf16": weight_bytes(options.checkpoint) // 2}
-    batches, _ = _export_data(options.checkpoint, options.task, options.data, 256, 64, quiet=True)
+    how: dict[str, Any] = {"examples": 256, "max_length": 64, "measure": lambda name, given: 0.0}
+    batches, _ = calibration_data(options.checkpoint, get_task(options.task), options.data, **how, progress=False)
     for name, how in EXPORTS.items():
         folder = options.exports / name
         if not folder.exists():

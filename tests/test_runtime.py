@@ -7,12 +7,18 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
 import hfcompress_runtime
 from hfcompress_runtime import MANIFEST, Manifest, Pipeline, RuntimeFolderError
+from hfcompress_runtime.answers import spans
+from hfcompress_runtime.engines import require_products
+from hfcompress_runtime.images import pixel_values, resized
 
 WHOLE: dict[str, Any] = {
     "format": 1,
@@ -87,14 +93,87 @@ def test_precision_is_openvinos(tmp_path: Path) -> None:
 
 def test_importing_it_loads_neither_torch_nor_the_package() -> None:
     code = "import sys, hfcompress_runtime; print(sorted({'torch', 'transformers', 'hfcompress'} & sys.modules.keys()))"
-    folder = Path(hfcompress_runtime.__file__).parent
+    folder = Path(hfcompress_runtime.__file__).parent.parent
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=folder)
     assert done.stdout.strip() == "[]", done.stderr
 
 
 def test_it_names_nothing_but_its_few_requirements() -> None:
-    tree = ast.parse(Path(hfcompress_runtime.__file__).read_text(encoding="utf-8"))
-    named = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
-    named |= {str(node.module) for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    named: set[str] = set()
+    for file in Path(hfcompress_runtime.__file__).parent.rglob("*.py"):
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        named |= {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+        named |= {str(node.module) for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     outside = {name.split(".")[0] for name in named} - sys.stdlib_module_names
-    assert outside == {"numpy", "tokenizers"}
+    assert outside == {"numpy", "tokenizers", "PIL", "hfcompress_runtime"}
+
+
+def test_a_manifest_of_the_first_version_is_read(tmp_path: Path) -> None:
+    read = Manifest.read(write(tmp_path))
+    assert (read.outputs, read.mask_id, read.end_ids, read.image, read.products) == (("logits",), None, (), None, None)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"task": "fill-mask"}, "'mask_id'"),
+        ({"task": "question-answering"}, "'outputs'"),
+        ({"task": "image-classification"}, "'image'"),
+        ({"task": "text-generation", "padding": None}, "'padding'"),
+        ({"task": "text-classification", "max_length": None}, "'max_length'"),
+        ({"task": "image-classification", "image": {"height": 12}}, "'image'"),
+        ({"end_ids": ["2"]}, "'end_ids'"),
+        ({"products": "amx"}, "'products'"),
+    ],
+)
+def test_a_manifest_that_lacks_what_its_task_needs_is_refused(
+    tmp_path: Path, changes: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(RuntimeFolderError, match=said.replace("'", ".")):
+        Manifest.read(write(tmp_path, **changes))
+
+
+def test_products_that_would_overflow_are_refused() -> None:
+    require_products(None, frozenset({"avx2"}))
+    require_products("vnni", frozenset())  # no x86 processor, or one that does not say
+    require_products("vnni", frozenset({"avx2", "avx512_vnni"}))
+    require_products("vnni", frozenset({"avx2", "avx_vnni"}))
+    with pytest.raises(RuntimeFolderError, match="export it again with --target avx2"):
+        require_products("vnni", frozenset({"avx2", "avx512f"}))
+
+
+@pytest.mark.parametrize("resample", [2, 3])
+@pytest.mark.parametrize("size", [(12, 12), (60, 50), (30, 12), (12, 17), (12, 50)])
+def test_images_are_resized_as_by_pillow(size: tuple[int, int], resample: int) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (30, 17, 3)).astype("uint8")
+    wanted = np.array(Image.fromarray(pixels).resize(size[::-1], resample)).astype(int)
+    found = resized(pixels, *size, resample).astype(int)
+    if size[0] == 30 or size[1] == 17:
+        assert np.array_equal(found, wanted)
+    else:  # Pillow may go the other way first, and noise shows it more than any picture
+        assert np.abs(found - wanted).mean() < 0.5
+
+
+@pytest.mark.parametrize("image", [np.zeros((4, 4, 4), "uint8"), np.zeros((4, 4, 3)), np.zeros(4, "uint8")])
+def test_what_is_no_image_is_refused(image: np.ndarray) -> None:
+    how = {"height": 2, "width": 2, "resample": 2, "factor": 1.0, "mean": [0, 0, 0], "std": [1, 1, 1]}
+    with pytest.raises(ValueError, match="an image must be uint8"):
+        pixel_values([image], how)
+
+
+def test_a_span_is_the_best_of_all_windows() -> None:
+    context = "a good film"
+
+    def window(words: list[tuple[int, int]]) -> Any:
+        parts = [None, 0, None, *[1] * len(words), None]
+        return SimpleNamespace(sequence_ids=parts, offsets=[(0, 0), (0, 1), (0, 0), *words, (0, 0)])
+
+    first, second = window([(0, 1), (2, 6)]), window([(2, 6), (7, 11)])
+    starts = [np.array([0, 9, 9, 1, 2, 9.0]), np.array([0, 9, 9, 5, 1, 9.0])]
+    ends = [np.array([0, 9, 9, 1, 2, 9.0]), np.array([0, 9, 9, 1, 5, 9.0])]
+    found = spans(context, [first, second], starts, ends, 2)
+    assert (found[0]["answer"], found[0]["start"], found[0]["end"]) == ("good film", 2, 11)
+    assert len(found) == 2 and found[0]["score"] > found[1]["score"]
+    # A strong first token takes its share from every span.
+    starts[1][0] = ends[1][0] = 9
+    assert spans(context, [second], starts[1:], ends[1:], 1)[0]["score"] < 0.01 * found[0]["score"]

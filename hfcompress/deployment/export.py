@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal, Self, cast
+from typing import Any, Literal, Self
 
 import numpy as np
 import torch
@@ -17,13 +16,14 @@ from pydantic import Field, model_validator
 from torch import nn
 
 from hfcompress.configuration import Config
-from hfcompress.deployment import to_onnx, to_openvino, tracing
-from hfcompress.deployment.tracing import Embeddings, Source
+from hfcompress.deployment import companions, to_onnx, to_openvino, tracing
+from hfcompress.deployment.preparing import Embeddings, prepare
+from hfcompress.deployment.tracing import Source
 from hfcompress.errors import CheckpointError, CompressionError, RunFolderError
 from hfcompress.modeling.anatomy import base_model
 from hfcompress.modeling.checkpoint import replace_directory
 from hfcompress.modeling.measure import weight_bytes
-from hfcompress_runtime import FORMAT, MANIFEST, Pipeline
+from hfcompress_runtime import MANIFEST, Pipeline
 
 Batch = Mapping[str, torch.Tensor]
 Score = Callable[[Pipeline], float]
@@ -124,7 +124,8 @@ def export(
     _require_data(config, calibration, score)
     source = tracing.load(directory, fused_attention=config.format == "openvino")
     batches = [_batch(each, source) for each in calibration]
-    tracing.prepare(source.model, config.tables)
+    # A vocabulary's output layer multiplies most of all: the engine quantizes it, apart from the table.
+    prepare(source.model, config.tables, outputs_apart=config.int8 is not None)
     program = tracing.trace(source)
     scratch = output.with_name(f".{output.name}.partial")
     try:
@@ -208,15 +209,22 @@ class _Engine:
         self.file: str = self.room.FILE
         self.layers: Mapping[str, tuple[str, ...]] = {}
 
+    @property
+    def _products(self) -> str | None:
+        """Says where 8-bit products must not run: they may overflow on x86 processors without VNNI."""
+        unsafe = self.config.format == "onnx" and self.config.int8 and self.config.target in ("avx512-vnni", "amx")
+        return "vnni" if unsafe else None
+
     def write(self, program: torch.export.ExportedProgram, folder: Path) -> None:
         """Writes the float graph and what the runtime needs beside it."""
         self.layers = self.room.write(program, self.source, folder)
-        _accompany(self.source, folder, self.config, self.file)
+        companions.write(self.source, folder, self.config.format, self.file)
 
     def quantize(self, plain: Path, made: Path, score: Score | None) -> _Choice:
         """Quantizes, and leaves in float the task head and what the floor asks for."""
-        heads = [path for path in self.layers if path not in _base_layers(self.source.model)]
-        open_to = [path for path in self.layers if path not in heads]
+        inside = _base_layers(self.source.model)
+        heads = [path for path in self.layers if path not in inside]
+        open_to = [path for path in self.layers if path in inside]
         if not open_to:
             raise CompressionError("no linear layer of the base model was found in the graph, so int8 has no object")
         if self.config.floor is None or score is None:
@@ -242,7 +250,7 @@ class _Engine:
         shutil.rmtree(made, ignore_errors=True)
         shutil.copytree(plain, made, ignore=shutil.ignore_patterns(f"{Path(self.file).stem}.*"))
         # Eight bits err more than bfloat16 does in what is left.
-        _change_json(made / MANIFEST, {"precision": None})
+        companions.change_json(made / MANIFEST, {"precision": None, "products": self._products})
         run = self.room.quantize
         if self.config.format == "onnx":
             run = partial(run, target=self.config.target)
@@ -294,67 +302,31 @@ def fewest(total: int, build: Callable[[int], float], least: float) -> tuple[int
 
 
 def _base_layers(model: Any) -> set[str]:
-    """Returns the paths, in the whole model, of the base model's linear layers."""
+    """Returns the paths, in the whole model, of the base model's linear layers and of a vocabulary's output layer."""
     base = base_model(model)
     inside = {id(module) for module in base.modules() if isinstance(module, nn.Linear)}
+    inside.add(id(model.get_output_embeddings()))
     return {name for name, module in model.named_modules() if id(module) in inside}
 
 
 def _difference(source: Source, folder: Path) -> float:
     """Compares the written float graph with the model on random inputs of several shapes."""
     pipeline = Pipeline.from_pretrained(folder)
-    largest, off = 0.0, 0.0
+    largest, off = dict.fromkeys(source.outputs, 0.0), dict.fromkeys(source.outputs, 0.0)
     for seed, (rows, tokens) in enumerate(_SHAPES):
-        inputs = tracing.example(source, rows, min(tokens, source.max_length), seed)
-        wanted = tracing.reference(source, inputs).numpy()
-        found = pipeline.run({name: value.numpy() for name, value in inputs.items()})
-        largest = max(largest, float(np.abs(wanted).max()))
-        off = max(off, float(np.abs(found - wanted).max()))
-    difference = off / largest if largest else off
+        inputs = tracing.example(source, rows, tokens, seed)
+        wanted = dict(zip(source.outputs, tracing.reference(source, inputs), strict=True))
+        found = pipeline.outputs({name: value.numpy() for name, value in inputs.items()})
+        for name, values in found.items():
+            largest[name] = max(largest[name], float(wanted[name].abs().max()))
+            off[name] = max(off[name], float(np.abs(values - wanted[name].numpy()).max()))
+    difference = max(off[name] / largest[name] if largest[name] else off[name] for name in source.outputs)
     if not difference <= _LARGEST_DIFFERENCE:
         raise CompressionError(
-            f"the exported graph's logits differ from the checkpoint's by {difference:.1e} of the largest one",
+            f"the exported graph's outputs differ from the checkpoint's by {difference:.1e} of the largest one",
             hint="The engine computes this model in another way; try the other --format.",
         )
     return difference
-
-
-def _accompany(source: Source, folder: Path, config: ExportConfig, file: str) -> None:
-    """Writes tokenizer, config and manifest beside a graph."""
-    tokenizer, stock = source.tokenizer, cast(Any, source.model.config)
-    tokenizer.save_pretrained(folder)
-    values = stock.to_dict()
-    # The graph holds the structure: readers of this config must not put it back.
-    values.pop("quantization_config", None)
-    values.pop("_name_or_path", None)  # a path on this machine
-    _write_json(folder / "config.json", values | {"architectures": [type(source.model).__name__]})
-    labels = [stock.id2label[index] for index in range(stock.num_labels)]
-    manifest = {
-        "format": FORMAT,
-        "engine": config.format,
-        "file": file,
-        "task": source.task,
-        "inputs": list(source.inputs),
-        "labels": labels,
-        "scores": _scores(stock),
-        "max_length": source.max_length,
-        "padding": {
-            "id": tokenizer.pad_token_id or 0,
-            "type_id": tokenizer.pad_token_type_id,
-            "token": tokenizer.pad_token or "",
-            "side": tokenizer.padding_side,
-        },
-        "truncation_side": tokenizer.truncation_side,
-        # OpenVINO's own choice is bfloat16 where the processor has it.
-        "precision": "f32" if config.format == "openvino" else None,
-    }
-    _write_json(folder / MANIFEST, manifest)
-
-
-def _scores(config: Any) -> str:
-    if config.problem_type == "regression":
-        return "none"
-    return "sigmoid" if config.problem_type == "multi_label_classification" or config.num_labels == 1 else "softmax"
 
 
 def _note(folder: Path, result: Export, config: ExportConfig) -> None:
@@ -370,12 +342,4 @@ def _note(folder: Path, result: Export, config: ExportConfig) -> None:
         "score": result.score,
         "float_score": result.float_score,
     }
-    _change_json(folder / MANIFEST, {"made": made})
-
-
-def _change_json(file: Path, values: Mapping[str, Any]) -> None:
-    _write_json(file, json.loads(file.read_text(encoding="utf-8")) | dict(values))
-
-
-def _write_json(file: Path, values: Mapping[str, Any]) -> None:
-    file.write_text(json.dumps(values, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+    companions.change_json(folder / MANIFEST, {"made": made})

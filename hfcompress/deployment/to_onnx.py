@@ -11,13 +11,13 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from hfcompress.deployment.tracing import Source, quiet
+from hfcompress.deployment.tracing import Source, module_path, quiet
 from hfcompress.errors import MissingBackendError, UnsupportedModelError
 
 FILE = "model.onnx"
-OUTPUT = "logits"
-Target = Literal["avx2", "avx512-vnni", "arm64"]
+Target = Literal["avx2", "avx512-vnni", "amx", "arm64"]
 Layers = Mapping[str, tuple[str, ...]]
+_LARGEST_FILE = 2_000_000_000
 
 
 def require() -> None:
@@ -49,17 +49,18 @@ def write(program: torch.export.ExportedProgram, source: Source, folder: Path) -
         The names of the matrix products in the graph, by the path of the layer that they come from.
 
     Raises:
-        UnsupportedModelError: An operation has no counterpart in ONNX.
+        UnsupportedModelError: An operation has no counterpart in ONNX, or the graph would be over 2 GB.
     """
     import onnx
 
+    refuse_large(source.model)
     try:
         with quiet():
             made = torch.onnx.export(
                 program,
                 dynamo=True,
                 input_names=list(source.inputs),
-                output_names=[OUTPUT],
+                output_names=list(source.outputs),
                 verbose=False,
             )
         assert made is not None
@@ -75,6 +76,21 @@ def write(program: torch.export.ExportedProgram, source: Source, folder: Path) -
     return layers
 
 
+def refuse_large(model: torch.nn.Module) -> None:
+    """Refuses what one ONNX file cannot hold: its format ends at 2 GB.
+
+    Raises:
+        UnsupportedModelError: The tensors take more.
+    """
+    tensors = {id(each): each for each in (*model.parameters(), *model.buffers())}.values()
+    size = sum(each.numel() * each.element_size() for each in tensors)
+    if size >= _LARGEST_FILE:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} takes {size / 1e9:.1f} GB in float; one ONNX file holds less than 2",
+            hint="Use --format openvino.",
+        )
+
+
 def _layers(graph: Any) -> Layers:
     """Finds which module each product with a constant comes from; the exporter notes it on the nodes."""
     constants = {each.name for each in graph.graph.initializer}
@@ -83,7 +99,7 @@ def _layers(graph: Any) -> Layers:
         if node.op_type in ("MatMul", "Gemm") and node.input[1] in constants:
             notes = {entry.key: entry.value for entry in node.metadata_props}
             scopes = ast.literal_eval(notes.get("pkg.torch.onnx.name_scopes", "[]"))
-            path = next((each for each in reversed(scopes[:-1]) if each), "").removeprefix("model.")
+            path = module_path(next((each for each in reversed(scopes[:-1]) if each), ""))
             found[path] = (*found.get(path, ()), node.name)
     return found
 
@@ -130,7 +146,8 @@ def quantize(
         folder: Where the quantized graph goes.
         mode: How the scales of inputs are found.
         target: The processor: `avx2` has no 8-bit products that cannot overflow, so weights get 7 bits there;
-            `arm64` prefers signed inputs.
+            `avx512-vnni` and `amx` take the same graph, of unsigned inputs and signed weights; `arm64` prefers
+            signed inputs, which `dynamic` cannot give it (ONNX rounds inputs to unsigned numbers there).
         layers: What `write` returned.
         in_float: Paths of the layers that stay as they are.
         batches: For `static`.
@@ -182,6 +199,11 @@ def _root_silenced() -> Any:
     return silenced()
 
 
+def arrays(values: torch.Tensor) -> np.ndarray:
+    """Returns a tensor in the dtype that graphs take: int64 of ids, float32 of pixel values."""
+    return values.numpy().astype(np.float32 if values.is_floating_point() else np.int64)
+
+
 def _reader(batches: Sequence[Mapping[str, torch.Tensor]], inputs: Sequence[str]) -> Any:
     from onnxruntime.quantization import CalibrationDataReader
 
@@ -191,6 +213,6 @@ def _reader(batches: Sequence[Mapping[str, torch.Tensor]], inputs: Sequence[str]
 
         def get_next(self) -> dict[str, np.ndarray] | None:  # type: ignore[override]
             batch = next(self._left, None)
-            return None if batch is None else {name: batch[name].numpy().astype(np.int64) for name in inputs}
+            return None if batch is None else {name: arrays(batch[name]) for name in inputs}
 
     return Reader()

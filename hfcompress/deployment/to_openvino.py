@@ -6,14 +6,13 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 
-from hfcompress.deployment.tracing import Source, quiet
+from hfcompress.deployment.to_onnx import arrays
+from hfcompress.deployment.tracing import Source, module_path, quiet
 from hfcompress.errors import MissingBackendError, UnsupportedModelError
 
 FILE = "openvino_model.xml"
-OUTPUT = "logits"
 Layers = Mapping[str, tuple[str, ...]]
 
 
@@ -65,8 +64,10 @@ def write(program: torch.export.ExportedProgram, source: Source, folder: Path) -
     for port, name in zip(model.inputs, source.inputs, strict=True):
         port.get_node().set_friendly_name(name)
         port.get_tensor().set_names({name})
-    model.outputs[0].get_tensor().set_names({OUTPUT})
+    for port, name in zip(model.outputs, source.outputs, strict=True):
+        port.get_tensor().set_names({name})
     layers = _layers(program, model)
+    _fuse_lookups(model)
     openvino.save_model(model, folder / FILE, compress_to_fp16=False)
     return layers
 
@@ -77,7 +78,7 @@ def _layers(program: torch.export.ExportedProgram, model: Any) -> Layers:
     for node in program.graph.nodes:
         stack = node.meta.get("nn_module_stack")
         if node.op == "call_function" and "linear" in str(node.target) and stack:
-            paths[node.name] = list(stack.values())[-1][0].removeprefix("model.")
+            paths[node.name] = module_path(list(stack.values())[-1][0])
     found: dict[str, tuple[str, ...]] = {}
     for operation in model.get_ops():
         if operation.get_type_name() == "MatMul":
@@ -86,6 +87,38 @@ def _layers(program: torch.export.ExportedProgram, model: Any) -> Layers:
             if path is not None:
                 found[path] = (*found.get(path, ()), name)
     return found
+
+
+def _fuse_lookups(model: Any) -> None:
+    """Scales 8-bit tables before rows are looked up instead of afterwards.
+
+    That is the form in which the processor's plugin knows a compressed table: it keeps the bytes and does both at
+    once. Rows with several scales, and 4-bit tables, stay as they were traced.
+    """
+    from openvino import opset13
+
+    for gather in list(model.get_ops()):
+        if gather.get_type_name() != "Gather":
+            continue
+        convert = _only_reader(gather, "Convert")
+        scaled = convert and _only_reader(convert, "Multiply")
+        codes = gather.input_value(0)
+        if not scaled or codes.get_element_type().get_type_name() != "i8":
+            continue
+        others = [scaled.input_value(index).get_node() for index in range(2)]
+        scales = next((each for each in others if each.get_type_name() == "Gather"), None)
+        if scales is None or list(scales.input_value(0).shape) != [codes.shape[0], 1]:
+            continue
+        table = opset13.multiply(opset13.convert(codes, "f32"), scales.input_value(0))
+        fused = opset13.gather(table, gather.input_value(1), gather.input_value(2))
+        for reader in scaled.output(0).get_target_inputs():
+            reader.replace_source_output(fused.output(0))
+
+
+def _only_reader(node: Any, kind: str) -> Any:
+    """Returns what reads a node, if it is one operation of a kind; None otherwise."""
+    readers = [target.get_node() for target in node.output(0).get_target_inputs()]
+    return readers[0] if len(readers) == 1 and readers[0].get_type_name() == kind else None
 
 
 def quantize(
@@ -123,7 +156,7 @@ def quantize(
         if mode == "dynamic":
             model = nncf.compress_weights(model, mode=nncf.CompressWeightsMode.INT8_SYM, ignored_scope=ignored)
         else:
-            rows = [{name: batch[name].numpy().astype(np.int64) for name in inputs} for batch in batches]
+            rows = [{name: arrays(batch[name]) for name in inputs} for batch in batches]
             model = nncf.quantize(
                 model,
                 nncf.Dataset(rows),

@@ -6,30 +6,22 @@ import contextlib
 import inspect
 import json
 import logging
+import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
-from hfcompress.errors import CheckpointError, CompressionError, UnsupportedModelError
-from hfcompress.modeling.anatomy import base_model, embedding_paths, tied_to
-from hfcompress.modeling.architectures import architectures
-from hfcompress.modeling.layers.bitsandbytes import dequantize, kind_of
-from hfcompress.modeling.layers.quantized_embedding import Bits, QuantizedEmbedding, quantize_rows
+from hfcompress.deployment.heads import Head, head_of
+from hfcompress.errors import CheckpointError, UnsupportedModelError
+from hfcompress.modeling.layers.quantized_embedding import quantize_rows
 
-Embeddings = Literal["float", "int8", "int4"]
-# Suffixes of class names, each with its task and the class that loads it.
-HEADS = {
-    "ForSequenceClassification": ("text-classification", "AutoModelForSequenceClassification"),
-    "ForTokenClassification": ("token-classification", "AutoModelForTokenClassification"),
-}
-_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
-_GROUP_OF_INT4 = 32
+_DEQUANTIZED = ("hfcompress", "bitsandbytes")  # what is turned into float again
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,24 +30,29 @@ class Source:
 
     Attributes:
         model: In float32 and evaluation mode.
-        tokenizer: The one in the folder.
-        task: What the head does.
+        processor: The tokenizer in the folder; of images the image processor.
+        head: What the model's head does.
         inputs: The tensors that the graph takes, in the order of the trace.
-        max_length: The most tokens a row may have.
+        max_length: The most tokens a row may have; None where rows are no tokens.
     """
 
     model: PreTrainedModel
-    tokenizer: Any
-    task: str
+    processor: Any
+    head: Head
     inputs: tuple[str, ...]
-    max_length: int
+    max_length: int | None
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """The names of what the graph returns."""
+        return self.head.outputs
 
 
 def load(directory: Path, *, fused_attention: bool = False) -> Source:
     """Loads a checkpoint and checks that it can be exported.
 
     Args:
-        directory: A checkpoint folder with its tokenizer.
+        directory: A checkpoint folder with its tokenizer or image processor.
         fused_attention: Whether to trace attention as one operation, where the family can.
 
     Raises:
@@ -65,19 +62,32 @@ def load(directory: Path, *, fused_attention: bool = False) -> Source:
     import transformers
 
     try:
-        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+        json.loads((directory / "config.json").read_text(encoding="utf-8"))
+        config: Any = AutoConfig.from_pretrained(directory)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{directory}: config.json cannot be read: {error}") from None
-    named = str((config.get("architectures") or ["nothing"])[0])
-    head = next((suffix for suffix in HEADS if named.endswith(suffix)), None)
-    if head is None:
+    head = head_of(config)
+    said = getattr(config, "quantization_config", None) or {}
+    method = said.get("quant_method") if isinstance(said, dict) else getattr(said, "quant_method", None)
+    if said and getattr(method, "value", method) not in _DEQUANTIZED:
         raise UnsupportedModelError(
-            f"{directory}: {named} cannot be exported; heads that can: {', '.join(HEADS)}",
-            hint="Fine-tune it for one of these, or run the checkpoint with transformers.",
+            f"{directory} is quantized by {getattr(method, 'value', method)}, whose layers cannot be exported",
+            hint="Export the float checkpoint that it was made from, with --int8.",
         )
-    task, loader = HEADS[head]
-    model = getattr(transformers, loader).from_pretrained(directory, dtype=torch.float32).eval()
+    model = getattr(transformers, head.auto_class).from_pretrained(directory, dtype=torch.float32).eval()
     model.set_attn_implementation("sdpa" if fused_attention and model._supports_sdpa else "eager")
+    taken = inspect.signature(model.forward).parameters
+    if head.reads == "images":
+        return Source(model=model, processor=_images(directory), head=head, inputs=head.inputs, max_length=None)
+    tokenizer = _tokenizer(directory)
+    given = {"input_ids", "attention_mask", *tokenizer.model_input_names}
+    inputs = tuple(name for name in head.inputs if name in taken and name in given)
+    if inputs[:2] != head.inputs[:2]:
+        raise UnsupportedModelError(f"{directory}: {type(model).__name__} does not take input_ids and attention_mask")
+    return Source(model=model, processor=tokenizer, head=head, inputs=inputs, max_length=_max_length(model, tokenizer))
+
+
+def _tokenizer(directory: Path) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory)
     except (OSError, ValueError) as error:
@@ -88,12 +98,16 @@ def load(directory: Path, *, fused_attention: bool = False) -> Source:
         raise CheckpointError(f"{directory} holds no tokenizer", hint="Save the tokenizer into the same folder.")
     if not getattr(tokenizer, "is_fast", False):
         raise CheckpointError(f"{directory}: its tokenizer has no tokenizer.json, which the runtime reads")
-    taken = inspect.signature(model.forward).parameters
-    given = tokenizer.model_input_names
-    inputs = tuple(name for name in _INPUTS if name in taken and name in given)
-    if "input_ids" not in inputs or "attention_mask" not in inputs:
-        raise UnsupportedModelError(f"{directory}: {named} does not take input_ids and attention_mask")
-    return Source(model=model, tokenizer=tokenizer, task=task, inputs=inputs, max_length=_max_length(model, tokenizer))
+    return tokenizer
+
+
+def _images(directory: Path) -> Any:
+    from transformers import AutoImageProcessor
+
+    try:
+        return AutoImageProcessor.from_pretrained(directory)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{directory}: its image processor cannot be loaded: {error}") from None
 
 
 def _max_length(model: PreTrainedModel, tokenizer: Any) -> int:
@@ -107,118 +121,54 @@ def _max_length(model: PreTrainedModel, tokenizer: Any) -> int:
             if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None
         ]
         lengths.append(positions - max(starts, default=0))
-    return min(lengths)
+    # A tokenizer without a limit says a number that no graph can take.
+    return min([*lengths, _NO_LIMIT])
 
 
-class _Lookup(nn.Module):
-    """A quantized embedding in operations that every engine takes: gather, cast, multiply.
+_NO_LIMIT = 1 << 16
 
-    Args:
-        codes: int8 `(rows, columns)`, or uint8 `(rows, columns / 2)` of packed pairs.
-        scales: float32 `(rows, groups)`.
-        bits: 8 or 4.
-    """
 
-    codes: torch.Tensor
-    scales: torch.Tensor
+class _Graph(nn.Module):
+    """A model that takes its inputs by place and returns the tensors that its head is asked for."""
 
-    def __init__(self, codes: torch.Tensor, scales: torch.Tensor, bits: Bits) -> None:
+    def __init__(self, source: Source) -> None:
         super().__init__()
-        self.bits = bits
-        self.register_buffer("codes", codes)
-        self.register_buffer("scales", scales)
+        self.model = source.model
+        self.inputs = source.inputs
+        self.outputs = source.outputs
+        # A cache would be one more output, which a graph without one as input has no use for.
+        self.more = {"use_cache": False} if "use_cache" in inspect.signature(source.model.forward).parameters else {}
 
-    def forward(self, indices: torch.Tensor) -> torch.Tensor:
-        """Looks up integers of any shape; returns `(*indices.shape, columns)`, float32."""
-        codes = nn.functional.embedding(indices, self.codes).float()
-        scales = nn.functional.embedding(indices, self.scales)
-        if self.bits == 4:
-            high = torch.floor(codes / 16)  # exact in float32: a byte over a power of two
-            codes = torch.stack((high, codes - 16 * high), -1).flatten(-2) - 8
-        if scales.shape[-1] == 1:
-            return codes * scales
-        return (codes.unflatten(-1, (scales.shape[-1], -1)) * scales.unsqueeze(-1)).flatten(-2)
-
-
-def prepare(model: PreTrainedModel, embeddings: Embeddings) -> dict[str, list[str]]:
-    """Turns what only PyTorch can run into what every engine can, in place.
-
-    bitsandbytes layers become float ones of the values that they hold: what they round of the inputs, in 8 bit,
-    is not traced. Embedding tables that are quantized stay so; with `embeddings` the float ones become so too.
-
-    Args:
-        model: A model loaded by `load`.
-        embeddings: What becomes of float tables.
-
-    Returns:
-        The paths of the layers that became float, and of the tables that are quantized now.
-
-    Raises:
-        CompressionError: A table to quantize is tied to another layer.
-    """
-    in_float: list[str] = []
-    tables: list[str] = []
-    for name, module in list(model.named_modules()):
-        if kind_of(module) is not None:
-            model.set_submodule(name, _float_linear(cast(Any, module)))
-            in_float.append(name)
-        elif isinstance(module, QuantizedEmbedding):
-            model.set_submodule(name, _Lookup(module.codes, module.scales, module.bits))
-            tables.append(name)
-    if embeddings != "float" and model.config.model_type in architectures():
-        tables += _quantize_tables(model, 8 if embeddings == "int8" else 4)
-    return {"dequantized": in_float, "quantized_embeddings": tables}
-
-
-def _float_linear(module: Any) -> nn.Linear:
-    weight = dequantize(module).float()
-    with torch.device("meta"):
-        linear = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None)
-    linear.weight = nn.Parameter(weight, requires_grad=False)
-    if module.bias is not None:
-        linear.bias = nn.Parameter(module.bias.detach().float(), requires_grad=False)
-    return linear.eval()
-
-
-def _quantize_tables(model: PreTrainedModel, bits: Bits) -> list[str]:
-    base = base_model(model)
-    done = []
-    for path in embedding_paths(model):
-        table = base.get_submodule(path)
-        if not isinstance(table, nn.Embedding):
-            continue
-        if tied_to(model, path):
-            raise CompressionError(f"{path} is tied to another layer", hint="Export with --embeddings float.")
-        width = table.embedding_dim
-        if bits == 4 and width % 2:
-            raise CompressionError(f"{path} is {width} wide; 4-bit numbers go in pairs", hint="Use --embeddings int8.")
-        group = width if bits == 8 or width % _GROUP_OF_INT4 else _GROUP_OF_INT4
-        quantized = QuantizedEmbedding.from_float(table, bits=bits, group_size=group)
-        base.set_submodule(path, _Lookup(quantized.codes, quantized.scales, bits))
-        done.append(path)
-    return done
-
-
-class _Logits(nn.Module):
-    """A model that takes its inputs by place and returns nothing but logits."""
-
-    def __init__(self, model: PreTrainedModel, inputs: tuple[str, ...]) -> None:
-        super().__init__()
-        self.model = model
-        self.inputs = inputs
-
-    def forward(self, *values: torch.Tensor) -> torch.Tensor:
-        return self.model(**dict(zip(self.inputs, values, strict=True))).logits
+    def forward(self, *values: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
+        made = self.model(**dict(zip(self.inputs, values, strict=True)), **self.more)
+        found = [made[name] for name in self.outputs]
+        return tuple(found) if len(found) > 1 else found[0]
 
 
 def example(source: Source, rows: int, tokens: int, seed: int = 0) -> dict[str, torch.Tensor]:
-    """Makes random inputs, int64 `(rows, tokens)`; the last row is padded where there is room for it."""
+    """Makes random inputs.
+
+    Args:
+        source: What they are for.
+        rows: How many.
+        tokens: In a row, at most as many as the model takes; of images nothing.
+        seed: Of the numbers.
+
+    Returns:
+        int64 `(rows, tokens)`, where the last row is padded if there is room for it; of images `pixel_values`,
+        float32 `(rows, channels, height, width)`.
+    """
     generator = torch.Generator().manual_seed(seed)
-    vocabulary = source.model.config.vocab_size
-    ids = torch.randint(0, vocabulary, (rows, tokens), generator=generator)
-    pad = source.tokenizer.pad_token_id
+    config = cast(Any, source.model.config)
+    if source.head.reads == "images":
+        size = config.image_size
+        height, width = size if isinstance(size, list | tuple) else (size, size)
+        return {"pixel_values": torch.randn(rows, config.num_channels, height, width, generator=generator)}
+    tokens = min(tokens, source.max_length or tokens)
+    ids = torch.randint(0, config.vocab_size, (rows, tokens), generator=generator)
+    pad = source.processor.pad_token_id
     if pad is not None:
-        ids[ids == pad] = (pad + 1) % vocabulary
+        ids[ids == pad] = (pad + 1) % config.vocab_size
     mask = torch.ones_like(ids)
     if rows > 1 and tokens > 2 and pad is not None:
         ids[-1, -(tokens // 3) :] = pad
@@ -227,10 +177,11 @@ def example(source: Source, rows: int, tokens: int, seed: int = 0) -> dict[str, 
     return {name: values[name] for name in source.inputs}
 
 
-def reference(source: Source, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """Returns the model's own logits."""
+def reference(source: Source, inputs: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    """Returns the model's own outputs, of the head's names."""
     with torch.no_grad():
-        return source.model(**inputs).logits
+        made = source.model(**inputs)
+    return tuple(made[name] for name in source.outputs)
 
 
 def trace(source: Source) -> torch.export.ExportedProgram:
@@ -240,11 +191,12 @@ def trace(source: Source) -> torch.export.ExportedProgram:
         UnsupportedModelError: The model's code cannot be traced, or only for one shape.
     """
     # The wrapper too: the tracer reads the mode off the outermost module and would turn dropout on.
-    wrapper = _Logits(source.model, source.inputs).eval()
-    inputs = example(source, 2, min(9, source.max_length))
-    batch = torch.export.Dim("batch", min=1)
-    tokens = torch.export.Dim("sequence", min=1, max=source.max_length)
-    shapes = (tuple({0: batch, 1: tokens} for _ in source.inputs),)
+    wrapper = _Graph(source).eval()
+    inputs = example(source, 2, 9)
+    dynamic: dict[int, Any] = {0: torch.export.Dim("batch", min=1)}
+    if source.max_length is not None:
+        dynamic[1] = torch.export.Dim("sequence", min=1, max=source.max_length)
+    shapes = (tuple(dict(dynamic) for _ in source.inputs),)
     try:
         with quiet():
             return torch.export.export(wrapper, tuple(inputs.values()), dynamic_shapes=shapes)
@@ -254,6 +206,14 @@ def trace(source: Source) -> torch.export.ExportedProgram:
             f"{type(source.model).__name__} cannot be traced with any number of rows and tokens: {said}",
             hint="Its checkpoint still runs with transformers. With a removed head or another family it may trace.",
         ) from error
+
+
+def module_path(noted: str) -> str:
+    """Returns the path, in the exported model, of a module as a trace notes it.
+
+    A trace begins at the wrapper, and notes it where a model walks through a part of its layers (`layers[:3]`).
+    """
+    return re.sub(r"\.slice\([^)]*\)", "", noted).removeprefix("model.")
 
 
 @contextlib.contextmanager

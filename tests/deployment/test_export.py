@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -19,25 +19,28 @@ from transformers import pipeline as stock_pipeline
 
 import hfcompress_runtime
 from hfcompress import LowRankConfig, QuantizationConfig, StructuredPruningConfig, compress
-from hfcompress.deployment import ExportConfig, Pipeline, export
+from hfcompress.deployment import ExportConfig, Pipeline, export, to_onnx
 from hfcompress.deployment.export import fewest
+from hfcompress.deployment.preparing import prepare
+from hfcompress.deployment.tracing import Source, load, trace
 from hfcompress.errors import CompressionError, ConfigError, MissingBackendError, RunFolderError, UnsupportedModelError
-from tests.workshop import batches, save_model, sentences, tiny_classifier, tiny_tokenizer
+from hfcompress_runtime import MANIFEST
+from tests.deployment.engines import ENGINE_WARNINGS, ENGINES, EVERY_ENGINE, near
+from tests.other_tasks import save_task
+from tests.workshop import NEVER_SAID, SPECIAL, WORDS, batches, save_model, sentences, tiny_classifier, tiny_tokenizer
 
-ENGINES = {
-    "onnx": pytest.mark.skipif(
-        not (find_spec("onnx") and find_spec("onnxscript") and find_spec("onnxruntime")),
-        reason="the extra 'onnx' is not installed",
-    ),
-    "openvino": pytest.mark.skipif(
-        not (find_spec("openvino") and find_spec("nncf")), reason="the extra 'openvino' is not installed"
-    ),
-}
-EVERY_ENGINE = pytest.mark.parametrize("engine", [pytest.param(name, marks=mark) for name, mark in ENGINES.items()])
 TEXTS = [row["sentence"] for row in sentences(12, seed=5)]
+TOKENS = len(SPECIAL + WORDS + NEVER_SAID)
 LABELS = ("O", "B-FILM", "I-FILM")
 # As many classes as no table has rows.
 THREE: dict[str, Any] = {"id2label": dict(enumerate("abc")), "label2id": {"a": 0, "b": 1, "c": 2}}
+EVERY_KIND: dict[str, Any] = {
+    "classification": TEXTS[0],
+    "token_classification": TEXTS[0],
+    "question_answering": {"question": "good film", "context": TEXTS[1]},
+    "masked_lm": "a [MASK] film",
+    "causal_lm": "a very good",
+}
 STEPS = {
     "dense": [],
     "pruned": [StructuredPruningConfig(heads=0.4, neurons=0.3)],
@@ -48,8 +51,7 @@ STEPS = {
         QuantizationConfig(weights="nf4", embeddings="int4"),
     ],
 }
-# The engines' own code warns of its own future.
-pytestmark = pytest.mark.filterwarnings("ignore:::(onnx|onnxscript|onnxruntime|openvino|nncf|torch|copyreg)")
+pytestmark = ENGINE_WARNINGS
 
 
 def compressed(folder: Path, steps: str) -> Path:
@@ -139,7 +141,8 @@ def test_8_bit_is_small_and_near(engine: str, mode: str, tmp_path: Path) -> None
     assert made.graph_bytes < 0.5 * made.source_bytes  # the graph's text is a large part of so small a model
     wanted = stock_logits(source)
     found = Pipeline.from_pretrained(tmp_path / "out").logits(TEXTS)
-    assert 1e-5 < np.abs(found - wanted).max() < 0.15 * np.abs(wanted).max()
+    # Random weights of this size lose far more than trained ones.
+    assert 1e-5 < np.linalg.norm(found - wanted) < 0.25 * np.linalg.norm(wanted)
 
 
 @ENGINES["onnx"]
@@ -151,7 +154,7 @@ def test_8_bit_weights_tables_and_head_are_what_the_onnx_file_holds(tmp_path: Pa
     graph = onnx.load(tmp_path / "out" / "model.onnx").graph
     kinds = {tuple(each.dims): each.data_type for each in graph.initializer}
     int8, real = onnx.TensorProto.INT8, onnx.TensorProto.FLOAT
-    assert kinds[17, 64] == kinds[32, 64] == int8  # words and positions, whose tables have a scale a row
+    assert kinds[TOKENS, 64] == kinds[32, 64] == int8  # words and positions, whose tables have a scale a row
     assert kinds[64, 96] == kinds[96, 64] == int8
     assert real in {kinds.get((64, 3)), kinds.get((3, 64))}
 
@@ -170,8 +173,62 @@ def test_8_bit_weights_tables_and_head_are_what_the_openvino_file_holds(mode: st
         for each in model.get_ops()
         if each.get_type_name() == "Constant"
     }
-    assert kinds[17, 64] == kinds[32, 64] == kinds[96, 64] == kinds[64, 96] == "i8"
-    assert kinds[17, 1] == kinds[3, 64] == "f32"  # scales of the table, and the head
+    assert kinds[TOKENS, 64] == kinds[32, 64] == kinds[96, 64] == kinds[64, 96] == "i8"
+    assert kinds[TOKENS, 1] == kinds[3, 64] == "f32"  # scales of the table, and the head
+
+
+def weights_of(file: Path) -> dict[str, np.ndarray]:
+    """Returns the 8-bit weights of the linear layers: arrays by name."""
+    import onnx
+    from onnx import numpy_helper
+
+    found = {}
+    for each in onnx.load(file).graph.initializer:
+        array = numpy_helper.to_array(each)
+        if array.dtype == np.int8 and array.ndim == 2 and array.shape[0] % 32 == 0:
+            found[each.name] = array
+    return found
+
+
+@pytest.fixture(scope="module")
+def float_graph(tmp_path_factory: pytest.TempPathFactory) -> tuple[Source, Path, Any]:
+    folder = tmp_path_factory.mktemp("float")
+    source = load(save_model(folder / "model", **THREE))
+    prepare(source.model, "float")
+    return source, folder, to_onnx.write(trace(source), source, folder)
+
+
+@ENGINES["onnx"]
+@pytest.mark.parametrize("mode", ["dynamic", "static"])
+@pytest.mark.parametrize("target", ["avx2", "avx512-vnni", "amx", "arm64"])
+def test_a_graph_is_made_for_its_processor(target: Any, mode: Any, float_graph: Any, tmp_path: Path) -> None:
+    import onnx
+
+    source, folder, layers = float_graph
+    rows = [{name: batch[name] for name in source.inputs} for batch in batches(2)]
+    how: dict[str, Any] = {"mode": mode, "target": target, "layers": layers, "in_float": ["classifier"]}
+    to_onnx.quantize(folder, tmp_path, **how, batches=rows, inputs=source.inputs)
+    weights = weights_of(tmp_path / "model.onnx")
+    largest = max(int(np.abs(array.astype(int)).max()) for array in weights.values())
+    # 7 bits cannot overflow where products are summed in 16.
+    assert len(weights) == 13 and (largest <= 64) == (target == "avx2") and largest <= 127
+    graph = onnx.load(tmp_path / "model.onnx").graph
+    kinds = [node.op_type for node in graph.node]
+    if mode == "dynamic":
+        assert kinds.count("MatMulInteger") == 13 and "DynamicQuantizeLinear" in kinds
+    else:
+        arrays = {each.name: onnx.numpy_helper.to_array(each) for each in graph.initializer}
+        points = [arrays[node.input[2]] for node in graph.node if node.op_type == "QuantizeLinear"]
+        assert points and {each.dtype.name for each in points} == {"int8" if target == "arm64" else "uint8"}
+        assert target != "arm64" or not any(each.any() for each in points)  # symmetric
+
+
+@ENGINES["onnx"]
+def test_a_graph_says_which_processor_it_is_for(tmp_path: Path) -> None:
+    source = save_model(tmp_path / "source")
+    export(source, tmp_path / "out", ExportConfig(int8="dynamic", target="amx"))
+    said = json.loads((tmp_path / "out" / MANIFEST).read_text())
+    assert said["products"] == "vnni" and said["made"]["config"]["target"] == "amx"
 
 
 @ENGINES["onnx"]
@@ -191,7 +248,7 @@ def test_4_bit_tables_stay_4_bit(tmp_path: Path) -> None:
     source = compressed(tmp_path / "source", "all_at_once")
     export(source, tmp_path / "out", ExportConfig(int8="dynamic"))
     graph = onnx.load(tmp_path / "out" / "model.onnx").graph
-    assert onnx.TensorProto.UINT8 in {each.data_type for each in graph.initializer if tuple(each.dims) == (17, 32)}
+    assert onnx.TensorProto.UINT8 in {each.data_type for each in graph.initializer if tuple(each.dims) == (TOKENS, 32)}
 
 
 @ENGINES["onnx"]
@@ -220,8 +277,8 @@ def test_families(family: str, tmp_path: Path) -> None:
     assert export(tmp_path / "source", tmp_path / "out").difference < 1e-5
 
 
-@ENGINES["onnx"]
-def test_a_floor_leaves_the_fewest_layers_in_float(tmp_path: Path) -> None:
+@EVERY_ENGINE
+def test_a_floor_leaves_the_fewest_layers_in_float(engine: Any, tmp_path: Path) -> None:
     source = save_model(tmp_path / "source", initializer_range=0.2)
     texts = TEXTS * 3
     exact: list[np.ndarray] = []
@@ -231,12 +288,13 @@ def test_a_floor_leaves_the_fewest_layers_in_float(tmp_path: Path) -> None:
         exact.append(found)
         return 1 - float(np.abs(found - exact[0]).max() / np.abs(exact[0]).max())
 
-    plain = export(source, tmp_path / "all", ExportConfig(int8="dynamic"))
-    config = ExportConfig(int8="dynamic", floor=0.5)
+    how: dict[str, Any] = {"format": engine, "int8": "dynamic"}
+    plain = export(source, tmp_path / "all", ExportConfig(**how))
+    config = ExportConfig(**how, floor=0.5)
     free = export(source, tmp_path / "free", config, calibration=batches(), score=score)
     assert free.in_float == plain.in_float and free.score is not None and free.score < 1
     exact.clear()
-    config = ExportConfig(int8="dynamic", floor=1 - 0.7 * (1 - free.score))
+    config = ExportConfig(**how, floor=1 - 0.7 * (1 - free.score))
     made = export(source, tmp_path / "some", config, calibration=batches(), score=score)
     assert made.score is not None and made.float_score == 1.0
     assert free.score < config.floor <= made.score  # type: ignore[operator]
@@ -271,6 +329,14 @@ def test_nothing_partial_is_left(tmp_path: Path) -> None:
     with pytest.raises(CompressionError, match="floor"):
         export(source, tmp_path / "out", config, calibration=batches(), score=lambda pipeline: next(scores))
     assert [each.name for each in tmp_path.iterdir()] == ["source"]
+
+
+def test_what_one_onnx_file_cannot_hold_is_refused() -> None:
+    with torch.device("meta"):
+        large = torch.nn.Linear(30_000, 20_000)
+    with pytest.raises(UnsupportedModelError, match=r"takes 2\.4 GB in float; one ONNX file holds less than 2"):
+        to_onnx.refuse_large(large)
+    to_onnx.refuse_large(torch.nn.Linear(3, 2))
 
 
 def test_a_full_folder_is_left_alone(tmp_path: Path) -> None:
@@ -339,24 +405,33 @@ def test_a_damaged_graph_is_refused(engine: str, tmp_path: Path) -> None:
 @pytest.mark.slow
 @EVERY_ENGINE
 def test_it_runs_where_torch_is_not_installed(engine: str, tmp_path: Path) -> None:
-    source = save_model(tmp_path / "source")
-    export(source, tmp_path / "out", ExportConfig(format=engine, int8="dynamic"))  # type: ignore[arg-type]
+    asked: list[tuple[str, Any]] = []
+    for kind, given in EVERY_KIND.items():
+        if kind == "classification":
+            save_model(tmp_path / kind / "model")
+        else:
+            save_task(tmp_path / kind, kind, train=4, validation=4)
+        config = ExportConfig(format=engine, int8="dynamic")  # type: ignore[arg-type]
+        export(tmp_path / kind / "model", tmp_path / kind / "out", config)
+        asked.append((f"{kind}/out", given))
     subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)
     python = tmp_path / "venv" / "bin" / "python"
-    constraints = Path(hfcompress_runtime.__file__).parent / "scripts" / "constraints.txt"
+    package = Path(hfcompress_runtime.__file__).parent
+    constraints = package.parent / "scripts" / "constraints.txt"
     name = {"onnx": "onnxruntime", "openvino": "openvino"}[engine]
     install = [python, "-m", "pip", "install", "-q", "-c", constraints, "numpy", "tokenizers", name]
     subprocess.run(install, check=True)
-    (tmp_path / "hfcompress_runtime.py").write_bytes(Path(hfcompress_runtime.__file__).read_bytes())
+    shutil.copytree(package, tmp_path / "hfcompress_runtime", ignore=shutil.ignore_patterns("__pycache__"))
     code = (
         "import importlib.util, json, sys\n"
         "from hfcompress_runtime import Pipeline\n"
-        "assert not any(importlib.util.find_spec(name) for name in ('torch', 'transformers', 'hfcompress'))\n"
-        "print(json.dumps(Pipeline.from_pretrained('out')(json.loads(sys.argv[1]))))\n"
+        "assert not any(importlib.util.find_spec(name) for name in ('torch', 'transformers', 'hfcompress', 'PIL'))\n"
+        "print(json.dumps([Pipeline.from_pretrained(place)(asked) for place, asked in json.loads(sys.argv[1])]))\n"
     )
     clean = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     done = subprocess.run(
-        [python, "-c", code, json.dumps(TEXTS)], capture_output=True, text=True, cwd=tmp_path, env=clean
+        [python, "-c", code, json.dumps(asked)], capture_output=True, text=True, cwd=tmp_path, env=clean
     )
     assert done.returncode == 0, done.stderr
-    assert close(json.loads(done.stdout), Pipeline.from_pretrained(tmp_path / "out")(TEXTS))
+    for (place, given), found in zip(asked, json.loads(done.stdout), strict=True):
+        assert near(found, Pipeline.from_pretrained(tmp_path / place)(given))
