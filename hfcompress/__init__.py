@@ -12,16 +12,18 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hfcompress.methods import compress
-    from hfcompress.methods.distillation import DistillationConfig
+    from hfcompress.methods.distillation import DistillationConfig, OtherTokens
+    from hfcompress.methods.gptq import GPTQMethodConfig
     from hfcompress.methods.layer_dropping import LayerDroppingConfig
     from hfcompress.methods.low_rank import LowRankConfig
-    from hfcompress.methods.quantization import QuantizationConfig
+    from hfcompress.methods.quantization import QLoRAConfig, QuantizationConfig
     from hfcompress.methods.quantization_aware import QuantizationAwareConfig
     from hfcompress.methods.structured_pruning import StructuredPruningConfig
     from hfcompress.methods.trainer import DistillationTrainer, PruningTrainer
     from hfcompress.methods.training import TrainingConfig
     from hfcompress.methods.unstructured_pruning import UnstructuredPruningConfig
     from hfcompress.methods.vocabulary import VocabularyConfig
+    from hfcompress.methods.width_pruning import WidthPruningConfig
     from hfcompress.modeling.adapters import lora_targets
 
 __version__ = version("hfcompress")
@@ -31,13 +33,17 @@ import_module("hfcompress.modeling.checkpoint")  # registers the loader
 _HOMES = {
     "compress": "hfcompress.methods",
     "DistillationConfig": "hfcompress.methods.distillation",
+    "OtherTokens": "hfcompress.methods.distillation",
+    "GPTQMethodConfig": "hfcompress.methods.gptq",
     "LowRankConfig": "hfcompress.methods.low_rank",
+    "QLoRAConfig": "hfcompress.methods.quantization",
     "QuantizationAwareConfig": "hfcompress.methods.quantization_aware",
     "QuantizationConfig": "hfcompress.methods.quantization",
     "LayerDroppingConfig": "hfcompress.methods.layer_dropping",
     "UnstructuredPruningConfig": "hfcompress.methods.unstructured_pruning",
     "VocabularyConfig": "hfcompress.methods.vocabulary",
     "StructuredPruningConfig": "hfcompress.methods.structured_pruning",
+    "WidthPruningConfig": "hfcompress.methods.width_pruning",
     "DistillationTrainer": "hfcompress.methods.trainer",
     "PruningTrainer": "hfcompress.methods.trainer",
     "TrainingConfig": "hfcompress.methods.training",
@@ -47,15 +53,19 @@ _HOMES = {
 __all__ = [
     "DistillationConfig",
     "DistillationTrainer",
+    "GPTQMethodConfig",
     "LayerDroppingConfig",
     "LowRankConfig",
+    "OtherTokens",
     "PruningTrainer",
+    "QLoRAConfig",
     "QuantizationAwareConfig",
     "QuantizationConfig",
     "StructuredPruningConfig",
     "TrainingConfig",
     "UnstructuredPruningConfig",
     "VocabularyConfig",
+    "WidthPruningConfig",
     "compress",
     "lora_targets",
 ]

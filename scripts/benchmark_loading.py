@@ -1,12 +1,13 @@
 """What the checks cost: loading against a stock load of as many bytes, and verifying against raw sha256.
 
-    python scripts/benchmark_loading.py [--repeats 15] [--hidden 768] [--layers 12]
+    python scripts/benchmark_loading.py [--method pruned] [--repeats 15] [--hidden 768] [--layers 12]
 
 The sides of each ratio take turns in one run; medians of CPU seconds are compared. Peak memory is that of a fresh
-process each. There are two stock checkpoints of as many bytes: one with as many layers, whose tensors are fewer (a
-low-rank layer is three tensors where a stock one is one), and one with as many tensors (to half a layer), which has
-more layers. transformers takes about as long for a small tensor as for a large one, so the first tells what a user
-pays for the layout of low-rank layers, and the second what hfcompress's own work and checks take.
+process each. A checkpoint pruned to uneven layers has as many tensors as a stock one. For `--method low-rank` there are
+two stock checkpoints of as many bytes: one with as many layers, whose tensors are fewer (a low-rank layer is three
+tensors where a stock one is two), and one with as many tensors (to half a layer), which has more layers. transformers
+takes about as long for a small tensor as for a large one, so the first tells what a user pays for the layout of
+low-rank layers, and the second what hfcompress's own work and checks take.
 
 The defaults are the sizes of BERT-base and MPNet-base; MiniLM-L6 is --hidden 384 --layers 6.
 """
@@ -30,9 +31,11 @@ from transformers import AutoModelForSequenceClassification, BertConfig, BertFor
 from transformers.utils import logging
 
 from hfcompress import LowRankConfig, compress
-from hfcompress.modeling.checkpoint import save
+from hfcompress.modeling.anatomy import feed_forward_blocks
+from hfcompress.modeling.checkpoint import commit, save
 from hfcompress.modeling.headers import read_header
 from hfcompress.modeling.integrity import verify_files
+from hfcompress.modeling.surgery import shrink_feed_forward
 
 PEAK = """
 import resource, sys, torch
@@ -64,21 +67,26 @@ def weight_bytes(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
-def make(place: Path, hidden: int, layers: int) -> dict[str, Path]:
-    """Saves a compressed checkpoint, and two stock ones of as many bytes."""
+def make(place: Path, method: str, hidden: int, layers: int) -> dict[str, Path]:
+    """Saves a compressed checkpoint, and stock ones of as many bytes."""
     torch.manual_seed(0)
-    compressed = compress(
-        BertForSequenceClassification(config(hidden, layers, 4 * hidden)).eval(),
-        [LowRankConfig(keep=0.6, method="svd", targets=("ffn",))],
-    )
-    save(compressed, place / "compressed")
+    model = BertForSequenceClassification(config(hidden, layers, 4 * hidden)).eval()
+    stocks = {"stock": layers}
+    if method == "pruned":
+        for number, block in enumerate(feed_forward_blocks(model)):
+            shrink_feed_forward(block, range(2 * hidden + 8 * number))
+        commit(model)
+    else:
+        compress(model, [LowRankConfig(keep=0.6, method="svd", targets=("ffn",))])
+        # A layer of BERT has 16 tensors, and 4 more where both its feed-forward matrices are factors.
+        stocks["stock, as many tensors"] = layers + layers // 4
+    save(model, place / "compressed")
     wanted = weight_bytes(place / "compressed")
-    # A layer of BERT has 16 tensors, and 4 more where both its feed-forward matrices are factors.
-    for name, depth in (("stock", layers), ("stock, as many tensors", layers + layers // 4)):
+    for name, depth in stocks.items():
         without = BertForSequenceClassification(config(hidden, depth, 1)).num_parameters()
         neurons = (wanted // 4 - without) // (depth * (2 * hidden + 1))
         BertForSequenceClassification(config(hidden, depth, neurons)).save_pretrained(place / name)
-    return {name: place / name for name in ("compressed", "stock", "stock, as many tensors")}
+    return {name: place / name for name in ("compressed", *stocks)}
 
 
 def count_tensors(folder: Path) -> int:
@@ -130,6 +138,7 @@ def peak(folder: Path, tiny: Path) -> int:
 def main() -> None:
     """Measures and prints the ratios as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--method", choices=("low-rank", "pruned"), default="low-rank")
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--hidden", type=int, default=768)
     parser.add_argument("--layers", type=int, default=12)
@@ -138,8 +147,8 @@ def main() -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as text:
-        folders = make(Path(text), options.hidden, options.layers)
-        tiny = make(Path(text) / "tiny", 64, 4)["compressed"]
+        folders = make(Path(text), options.method, options.hidden, options.layers)
+        tiny = make(Path(text) / "tiny", options.method, 64, 4)["compressed"]
         lazy = alternate({name: partial(load_only, each) for name, each in folders.items()}, options.repeats)
         whole = alternate({name: partial(load, each) for name, each in folders.items()}, options.repeats)
         compressed = folders["compressed"]

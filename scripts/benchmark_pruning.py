@@ -1,12 +1,14 @@
 """Compares ways to choose what to prune without training, on texts of the training split that were held out.
 
     python scripts/benchmark_pruning.py --model <fine-tuned checkpoint> --task demo/movie-reviews
+    python scripts/benchmark_pruning.py --model <fine-tuned checkpoint> --task mrpc --data <folder> --cost
 
 Every way removes the same share of the layers' FLOPs; the last one removes that share of the time of a forward pass,
 by a table of what each block costs on this machine. Told are agreement with the original's predictions, the KL
 divergence from them, and the speed-up, by turns with the original (8 texts of 128 tokens); `fisher+reconstruction` is
-what StructuredPruningConfig(flops=...) does by default. The last line compares the time of scoring with that of plain
-forward and backward passes over the same batches.
+what StructuredPruningConfig(flops=...) does by default. The last lines compare the time of scoring with that of plain
+forward and backward passes over the same batches in the same precision, and tell how long the default takes from a
+loaded model to a pruned one; with `--cost` they are all. Run it with both cores free.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from hfcompress.evaluation.cost import measure_speed, speed_inputs
 from hfcompress.methods.pruning.importance import mask_gradients
 from hfcompress.methods.pruning.targets import target_of
 from hfcompress.methods.pruning.units import head_units, neuron_units, total_cost
+from hfcompress.methods.training import bf16_is_fast
 from hfcompress.modeling.checkpoint import commit
 from hfcompress.tasks import get_task, load_data, preprocess
 
@@ -42,6 +45,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--held-out", type=int, default=1024, help="examples to compare predictions on")
     parser.add_argument("--repeats", type=int, default=15, help="timed passes of each model")
     parser.add_argument("--max-length", type=int, default=64)
+    parser.add_argument("--cost", action="store_true", help="measure only what pruning costs")
     parser.add_argument("--seed", type=int, default=0, help="of the draw of examples and of the random scores")
     return parser.parse_args()
 
@@ -70,7 +74,7 @@ def predict(model: torch.nn.Module, batches: Batches) -> torch.Tensor:
 
 def prune_at_random(model: Any, share: float, seed: int) -> None:
     """Removes units that chance chooses."""
-    target = target_of(model, heads=0, neurons=0, flops=share, parameters=0, multiple_of=8)
+    target = target_of(model, flops=share, multiple_of=8)
     generator = torch.Generator().manual_seed(seed)
     kept = target.choose([torch.rand(each.count, generator=generator) for each in target.units])
     for each, index in zip(target.units, kept, strict=True):
@@ -83,12 +87,38 @@ def layer_flops(model: Any) -> float:
     return total_cost([*head_units(model), *neuron_units(model)], "flops")
 
 
+def in_product_precision() -> Any:
+    """Returns the context that pruning scores in."""
+    return torch.autocast("cpu", torch.bfloat16, enabled=bf16_is_fast())
+
+
+def print_cost(fresh: Callable[[], Any], calibration: Batches, share: float) -> None:
+    """Times scoring beside plain passes, by turns, and the whole of the default."""
+    model = fresh()
+    units = target_of(model, flops=share, multiple_of=8).units
+    passes(model, calibration[:1])
+    ratios = []
+    for batch in calibration:
+        started = time.perf_counter()
+        with in_product_precision():
+            mask_gradients(model, units, [batch])
+        scoring = time.perf_counter() - started
+        ratios.append(scoring / passes(model, [batch]))
+    model, started = fresh(), time.perf_counter()
+    compress(model, [StructuredPruningConfig(flops=share)], calibration=calibration)
+    seconds, count = time.perf_counter() - started, sum(len(batch["labels"]) for batch in calibration)
+    print(f"scoring / (forward + backward): {sorted(ratios)[len(ratios) // 2]:.2f}, median of {len(ratios)} batches")
+    print(f"pruning with {count} calibration texts: {seconds:.0f} s on {torch.get_num_threads()} threads")
+
+
 def passes(model: Any, batches: Batches) -> float:
     """Times plain forward and backward passes."""
     started = time.perf_counter()
     for batch in batches:
         model.zero_grad()
-        model(**batch).loss.backward()
+        with in_product_precision():
+            loss = model(**batch).loss
+        loss.backward()
     return time.perf_counter() - started
 
 
@@ -108,6 +138,9 @@ def main() -> None:
         config = StructuredPruningConfig(flops=options.flops, importance=importance, reconstruct=reconstruct)
         return lambda model: compress(model, [config], calibration=calibration)
 
+    if options.cost:
+        print_cost(fresh, calibration, options.flops)
+        return
     ways: dict[str, Callable[[Any], Any]] = {
         "random": lambda model: prune_at_random(model, options.flops, options.seed),
         "magnitude": by("magnitude", False),
@@ -145,13 +178,7 @@ def main() -> None:
             f"{name:28}{agreement:>10.1%}{accuracy:>10.1%}{divergence:>9.3f}{seconds:>9.1f}{speed:>9.2f}x{work:>7.2f}x",
             flush=True,
         )
-    model, sample = fresh(), calibration[:: max(1, len(calibration) // 4)]
-    target = target_of(model, heads=0, neurons=0, flops=options.flops, parameters=0, multiple_of=8)
-    passes(model, sample[:1])
-    started = time.perf_counter()
-    mask_gradients(model, target.units, sample)
-    scoring = time.perf_counter() - started
-    print(f"scoring / (forward + backward): {scoring / passes(model, sample):.2f}")
+    print_cost(fresh, calibration, options.flops)
 
 
 if __name__ == "__main__":

@@ -16,9 +16,11 @@ FLOORS = (
     {"recipe"},
     {"publishing"},
     {"run_folder"},
-    {"costing"},
+    {"costing", "material"},
+    {"bench"},
     {"pipeline"},
     {"verification"},
+    {"terminal"},
     {"commands"},
 )
 FLOOR_OF = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}

@@ -13,6 +13,7 @@ from hfcompress.errors import CompressionError
 # Importing a method's file registers it.
 from hfcompress.methods import (  # noqa: F401
     distillation,
+    gptq,
     layer_dropping,
     low_rank,
     quantization,
@@ -20,6 +21,7 @@ from hfcompress.methods import (  # noqa: F401
     structured_pruning,
     unstructured_pruning,
     vocabulary,
+    width_pruning,
 )
 from hfcompress.methods.registry import Batch, Context, method_of
 

@@ -1,6 +1,7 @@
-"""Removes whole layers: the first, the last, some in between, or those that matter least when skipped.
+"""Removes whole layers, or their attentions or feed-forward blocks: the first, the last, or those that matter least.
 
-The result has the shape of its family's stock config with fewer layers, so it loads without this package.
+A model with fewer layers has the shape of its family's stock config, so it loads without this package; one whose
+layers have lost blocks does not.
 """
 
 from __future__ import annotations
@@ -19,9 +20,10 @@ from hfcompress.configuration import Config
 from hfcompress.errors import CompressionError
 from hfcompress.methods.calibration import evaluating, run_batches
 from hfcompress.methods.registry import Batch, Context, Method, register
-from hfcompress.modeling.anatomy import architecture_of, base_model
+from hfcompress.methods.statistics import each_batch, real_rows
+from hfcompress.modeling.anatomy import architecture_of, attention_blocks, base_model, feed_forward_blocks
 from hfcompress.modeling.checkpoint import commit
-from hfcompress.modeling.surgery import drop_layers, stack_depths
+from hfcompress.modeling.surgery import drop_layers, remove_block, require_removable, stack_depths
 
 
 class LayerDroppingConfig(Config):
@@ -29,6 +31,8 @@ class LayerDroppingConfig(Config):
 
     Attributes:
         drop: How many.
+        part: What goes: whole `layers`, or their `attention` or `ffn` alone, where the family runs without. What
+            such a block gave on average over the calibration data stays, as a constant.
         which: The `first`, the `last`, `spread` evenly, or by `importance`: one after another that whose
             skipping raises the loss least, measured anew each time (without labels: that changes the outputs
             least). `auto` is `importance` where there is calibration data, else `last` (Sajjad et al. 2023).
@@ -36,6 +40,7 @@ class LayerDroppingConfig(Config):
     """
 
     drop: int = Field(1, ge=1, le=1000)
+    part: Literal["layers", "attention", "ffn"] = "layers"
     which: Literal["auto", "importance", "first", "last", "spread"] = "auto"
     stack: str | None = None
 
@@ -84,11 +89,19 @@ def _skip(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any
 
 
 class _Skipping:
-    """Measures what it costs to skip layers, on calibration data."""
+    """Measures what it costs to skip layers or blocks, on calibration data.
 
-    def __init__(self, model: PreTrainedModel, stack: str, batches: Sequence[Batch], candidates: Sequence[int]) -> None:
-        self.model, self.batches, self.candidates = model, batches, candidates
-        self.layers: Any = base_model(model).get_submodule(stack)
+    Args:
+        model: The model.
+        batches: Model inputs.
+        candidates: The numbers of what may be skipped.
+        skip: Makes the model do without one of them, until the handle that it returns is removed.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, batches: Sequence[Batch], candidates: Sequence[int], skip: Callable[[int], Any]
+    ) -> None:
+        self.model, self.batches, self.candidates, self.skip = model, batches, candidates, skip
         self.labelled = bool(batches) and all("labels" in batch for batch in batches)
         self.found: list[dict[int, float]] = []
 
@@ -109,69 +122,149 @@ class _Skipping:
     def _run(self, batch: Batch, skipped: Sequence[int]) -> Any:
         with ExitStack() as stack:
             for number in skipped:
-                handle = self.layers[number].register_forward_hook(_skip, with_kwargs=True)
-                stack.callback(handle.remove)
+                stack.callback(self.skip(number).remove)
             (outputs,) = run_batches(self.model, [batch], description="skipping")
             return outputs
 
 
 def layer_dropping(model: PreTrainedModel, config: LayerDroppingConfig, context: Context) -> dict[str, Any]:
-    """Removes layers in place.
+    """Removes layers, or blocks of them, in place.
 
     Args:
-        model: A model of a supported family; it may be compressed already, quantized too.
+        model: A model of a supported family; it may be compressed already, quantized too where layers go.
         config: Which layers.
-        context: Calibration data for `which: importance`.
+        context: Calibration data for `which: importance`, and for what blocks gave on average.
 
     Returns:
-        The stack, the layers kept, and what skipping cost where it was measured (the loss, or the divergence of
-        the outputs), one mapping for each layer removed.
+        The stack, the layers kept (or the blocks removed), and what skipping cost where it was measured (the loss,
+        or the divergence of the outputs), one mapping for each that was removed.
 
     Raises:
-        CompressionError: As many layers cannot go, the stack is not clear, or there is no calibration data.
+        CompressionError: As many cannot go, the stack is not clear, or there is no calibration data. Nothing was
+            removed then.
     """
     depths = stack_depths(model)
     stack = config.stack or next(iter(depths))
     if stack not in depths or (config.stack is None and len(depths) > 1):
         problem = f"has no stack '{stack}'" if stack not in depths else "has several stacks of layers: name one"
         raise CompressionError(f"the model {problem}; allowed: {', '.join(depths)}")
+    if config.part != "layers":
+        return _drop_blocks(model, stack, config, context)
     depth = depths[stack]
     if config.drop >= depth:
         raise CompressionError(f"{config.drop} of {depth} layers cannot be dropped; reachable: up to {depth - 1}")
     spec = next(each for each in architecture_of(model).stacks if each.layers == stack)
-    which = config.which
-    if which == "auto":
-        which = "importance" if context.calibration and not spec.shared else "last"
-    findings: dict[str, Any] = {"stack": stack, "which": which, "of": depth}
-    if which == "importance":
-        if spec.shared:
-            raise CompressionError(f"{stack}: its layers are one and the same: none is less important")
-        if not context.calibration:
-            raise CompressionError(
-                "which: importance needs calibration data, and there is none",
-                hint="Pass calibration=[batch, ...], or choose 'last', 'first' or 'spread'.",
-            )
-        candidates = range(1 if spec.first_stays else 0, depth)
-        if config.drop > len(candidates):
-            raise CompressionError(
-                f"{config.drop} layers cannot be dropped: the first must stay; reachable: up to {len(candidates)}"
-            )
-        cost = _Skipping(model, stack, context.calibration, candidates)
-        kept = least_important(depth, config.drop, cost)
-        findings |= {"measure": "loss" if cost.labelled else "divergence", "costs": cost.found}
-    else:
-        ranges = {"first": range(config.drop, depth), "last": range(depth - config.drop)}
-        kept = spread(depth, config.drop) if which == "spread" else list(ranges[which])
+    if config.which == "importance" and spec.shared:
+        raise CompressionError(f"{stack}: its layers are one and the same: none is less important")
+    layers: Any = None if spec.shared else base_model(model).get_submodule(stack)
+
+    def skip(number: int) -> Any:
+        return layers[number].register_forward_hook(_skip, with_kwargs=True)
+
+    candidates = range(1 if spec.first_stays else 0, depth)
+    kept, findings = _choose(model, config, context, depth, candidates, None if spec.shared else skip)
     drop_layers(model, kept, stack=stack)
     commit(model)
-    return findings | {"kept": kept}
+    return {"stack": stack} | findings | {"kept": kept}
+
+
+def _choose(
+    model: PreTrainedModel,
+    config: LayerDroppingConfig,
+    context: Context,
+    count: int,
+    candidates: Sequence[int],
+    skip: Callable[[int], Any] | None,
+) -> tuple[list[int], dict[str, Any]]:
+    """Returns which of `count` stay, ascending, and how that was found out."""
+    which = config.which
+    if which == "auto":
+        which = "importance" if context.calibration and skip else "last"
+    findings: dict[str, Any] = {"which": which, "of": count}
+    if which != "importance" or skip is None:
+        ranges = {"first": range(config.drop, count), "last": range(count - config.drop)}
+        return spread(count, config.drop) if which == "spread" else list(ranges[which]), findings
+    if not context.calibration:
+        raise CompressionError(
+            "which: importance needs calibration data, and there is none",
+            hint="Pass calibration=[batch, ...], or choose 'last', 'first' or 'spread'.",
+        )
+    if config.drop > len(candidates):
+        raise CompressionError(
+            f"{config.drop} layers cannot be dropped: the first must stay; reachable: up to {len(candidates)}"
+        )
+    cost = _Skipping(model, context.calibration, candidates, skip)
+    kept = least_important(count, config.drop, cost)
+    return kept, findings | {"measure": "loss" if cost.labelled else "divergence", "costs": cost.found}
+
+
+# Blocks of layers
+
+
+def _drop_blocks(model: PreTrainedModel, stack: str, config: LayerDroppingConfig, context: Context) -> dict[str, Any]:
+    every = attention_blocks(model) if config.part == "attention" else feed_forward_blocks(model)
+    blocks = [block for block in every if block.stack.layers == stack]
+    if config.drop >= len(blocks):
+        raise CompressionError(
+            f"{config.drop} of {len(blocks)} blocks ({config.part}) cannot be dropped; "
+            f"reachable: up to {max(0, len(blocks) - 1)}"
+        )
+    for block in blocks:
+        require_removable(block)
+    outputs = [block.at(block.spec.output) for block in blocks]
+    means: Sequence[torch.Tensor | None] = [None] * len(blocks)
+    if context.calibration:
+        means = _mean_inputs(model, outputs, [block.name for block in blocks], context.calibration)
+
+    def skip(number: int) -> Any:
+        def hook(module: nn.Module, arguments: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor]:
+            constant = means[number]
+            hidden = arguments[0]
+            return (hidden * 0.0 if constant is None else constant.to(hidden).expand_as(hidden),)
+
+        return outputs[number].register_forward_pre_hook(hook)
+
+    kept, findings = _choose(model, config, context, len(blocks), range(len(blocks)), skip)
+    gone = [number for number in range(len(blocks)) if number not in kept]
+    for number in gone:
+        remove_block(blocks[number], means[number])
+    commit(model)
+    return {"stack": stack} | findings | {"removed": [blocks[number].name for number in gone]}
+
+
+def _mean_inputs(
+    model: PreTrainedModel, modules: Sequence[nn.Module], names: Sequence[str], batches: Sequence[Batch]
+) -> list[torch.Tensor]:
+    """Averages what enters each module over all real positions: `(in,)`, float32."""
+    totals: list[torch.Tensor | float] = [0.0] * len(modules)
+    counts = [0] * len(modules)
+    current: Batch = {}
+
+    def watch(number: int) -> Any:
+        def hook(module: nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
+            rows = real_rows(arguments[0], current)
+            totals[number] = totals[number] + rows.double().sum(0)
+            counts[number] += len(rows)
+
+        return hook
+
+    with ExitStack() as stack, torch.no_grad(), evaluating(model):
+        for number, module in enumerate(modules):
+            stack.callback(module.register_forward_pre_hook(watch(number)).remove)
+        for current in each_batch(model, batches, "calibration"):
+            model(**current)
+    means = [torch.as_tensor(total) / max(1, count) for total, count in zip(totals, counts, strict=True)]
+    for mean, name in zip(means, names, strict=True):
+        if not torch.isfinite(mean).all():
+            raise CompressionError(f"{name}: the calibration activations are not finite")
+    return [mean.float() for mean in means]
 
 
 register(
     Method(
         name="layer_dropping",
         config=LayerDroppingConfig,
-        summary="Removes whole layers; the result needs no plugin to load.",
+        summary="Removes whole layers, which then need no plugin to load, or their attentions or FFNs.",
         apply=layer_dropping,
         needs_float=False,
     )

@@ -1,8 +1,8 @@
-"""Weights of 8, 4 and 2 bit, ternary or binary: rounded at once, or learned under rounding (TernaryBERT's way)."""
+"""Weights of 8, 4 and 2 bit, ternary or binary: rounded at once, or learned under rounding (TernaryBERT, LSQ)."""
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from pydantic import Field
@@ -13,11 +13,19 @@ from transformers.pytorch_utils import Conv1D
 from hfcompress.configuration import Config
 from hfcompress.errors import CompressionError
 from hfcompress.methods.registry import Context, Method, register
-from hfcompress.methods.training import Part
+from hfcompress.methods.training import Part, Rows
 from hfcompress.modeling.anatomy import base_model, spread_over_linears
 from hfcompress.modeling.checkpoint import commit
 from hfcompress.modeling.layers.bitsandbytes import kind_of
-from hfcompress.modeling.layers.packed_linear import PackedKind, PackedLinear, RoundingConv1D, RoundingLinear
+from hfcompress.modeling.layers.packed_linear import (
+    PackedKind,
+    PackedLinear,
+    RoundingConv1D,
+    RoundingLinear,
+    forget_steps,
+    learn_steps,
+    learned_scales,
+)
 from hfcompress.modeling.tables import TableKind, plan_tables, quantize_tables
 
 
@@ -31,6 +39,8 @@ class QuantizationAwareConfig(Config):
             without one the weights are rounded as they are.
         attention: The same for attention alone, over `weights`.
         ffn: The same for feed-forward blocks alone, over `weights`.
+        scales: In training, `fitted` to the weights anew at every step, or `learned` beside them (Esser et al. 2020,
+            LSQ).
         embeddings: Embedding tables: `int8`, `int4`, or None; rounded row by row at the end.
         embedding_group_size: As in `quantization`.
     """
@@ -38,6 +48,7 @@ class QuantizationAwareConfig(Config):
     weights: PackedKind | None = "packed-4"
     attention: PackedKind | None = None
     ffn: PackedKind | None = None
+    scales: Literal["fitted", "learned"] = "fitted"
     embeddings: TableKind | None = "int8"
     embedding_group_size: int | None = Field(None, ge=8)
 
@@ -54,8 +65,12 @@ def quantization_aware(model: PreTrainedModel, config: QuantizationAwareConfig, 
         How many layers of each kind there are.
 
     Raises:
-        CompressionError: A layer is quantized already, or nothing is to be quantized.
+        CompressionError: A layer is quantized already, nothing is to be quantized, or scales are to be learned.
     """
+    if config.scales == "learned":
+        raise CompressionError(
+            "scales: learned exists only in training", hint="Add `training` to the step, or choose 'fitted'."
+        )
     return _pack(model, _kinds(model, config), config)
 
 
@@ -76,7 +91,10 @@ def _pack(model: PreTrainedModel, kinds: dict[str, PackedKind], config: Quantiza
     tables = plan_tables(model, config.embeddings, config.embedding_group_size)
     counted: dict[str, int] = {}
     for name, kind in kinds.items():
-        base.set_submodule(name, PackedLinear.from_float(base.get_submodule(name), kind))
+        layer = base.get_submodule(name)
+        scales = learned_scales(layer)
+        forget_steps(layer)
+        base.set_submodule(name, PackedLinear.from_float(layer, kind, scales))
         counted[kind] = counted.get(kind, 0) + 1
     quantize_tables(model, tables)
     commit(model)
@@ -88,16 +106,31 @@ class QuantizationAwarePart(Part):
 
     def __init__(self, config: QuantizationAwareConfig, context: Context | None = None) -> None:
         self.config = config
+        self._kinds: dict[str, PackedKind] = {}
 
-    def begin(self, model: PreTrainedModel, total_steps: int, device: torch.device) -> None:
-        """Has every layer round its weight before it uses it; no name of a parameter changes."""
+    def before_training(self, model: PreTrainedModel, rows: Rows | None) -> None:
+        """Gives layers the scales that they learn, so that the optimizer and every checkpoint have them.
+
+        Raises:
+            CompressionError: A layer is quantized already or cannot be trained so, or nothing is to be quantized.
+        """
         self._kinds = _kinds(model, self.config)
         plan_tables(model, self.config.embeddings, self.config.embedding_group_size)  # what cannot be is said now
         base = base_model(model)
         for name, kind in self._kinds.items():
-            layer = cast(Any, base.get_submodule(name))
+            layer = base.get_submodule(name)
             if type(layer) not in _ROUNDING:
                 raise CompressionError(f"{name} is a {type(layer).__name__}, which cannot be trained under rounding")
+            if self.config.scales == "learned":
+                learn_steps(layer, kind)
+
+    def begin(self, model: PreTrainedModel, total_steps: int, device: torch.device) -> None:
+        """Has every layer round its weight before it uses it; no name of a weight changes."""
+        if not self._kinds:
+            self.before_training(model, None)
+        base = base_model(model)
+        for name, kind in self._kinds.items():
+            layer = cast(Any, base.get_submodule(name))
             layer.__class__, layer.rounding = _ROUNDING[type(layer)], kind
 
     def end(self, model: PreTrainedModel) -> dict[str, Any]:

@@ -292,6 +292,10 @@ class Replay:
         module.forward = lambda *arguments, **named: self._outputs[stack][self._current]
         self._finished.append(module)
 
+    def at(self, number: int) -> None:
+        """Says which batch the model is run on next, by whoever runs it."""
+        self._current = number
+
     def close(self) -> None:
         """Lets every layer run again."""
         for module in self._finished:

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from hfcompress.configuration import Config
 from hfcompress.errors import CompressionError
 from hfcompress.methods.pruning import importance
+from hfcompress.methods.pruning.gates import Gates, open_probability, split, typical
 from hfcompress.methods.pruning.latency import latency_target, workload
 from hfcompress.methods.pruning.reconstruction import Reconstruction, reconstruct
 from hfcompress.methods.pruning.search import cubic_share, rearrange
@@ -23,8 +24,10 @@ from hfcompress.methods.pruning.search import select as select
 from hfcompress.methods.pruning.targets import Target, target_of
 from hfcompress.methods.pruning.units import Units, masking, total_cost
 from hfcompress.methods.registry import Context, Method, register
-from hfcompress.methods.training import Part
+from hfcompress.methods.training import Part, bf16_is_fast
 from hfcompress.modeling.checkpoint import commit
+
+_LEAST_OPEN = 0.1  # of a gate that the target lets stay although it was closing
 
 
 class StructuredPruningConfig(Config):
@@ -37,6 +40,7 @@ class StructuredPruningConfig(Config):
         flops: Share of the layers' multiply-adds to remove, counted at 128 tokens, instead of `heads` and
             `neurons`: these then compete by importance per multiply-add.
         parameters: The same for the layers' parameters.
+        bytes: The same for bytes, as a share of those of all the model's weights: embeddings count, and stay.
         latency: Share of the time of a forward pass on this machine to remove, instead: what each block takes at
             each size is measured first (once; the table is kept beside the run), and what is kept is the most
             important that fits into the time. Other than every other target it depends on the machine.
@@ -46,12 +50,16 @@ class StructuredPruningConfig(Config):
             `activation` by what they pass on (needs calibration data), `magnitude` by their weights; `auto` is
             `fisher`, `activation` or `magnitude`, the first that the calibration data allows. `fisher` also
             exchanges units within a layer so that those removed matter least together. In training: `taylor`
-            (which is `auto`), `movement` by how far weights move away from 0, or `magnitude`.
+            (which is `auto`), `movement` by how far weights move away from 0, `magnitude`, or `l0`: a gate for each
+            unit that is learnt with the weights, under a Lagrangian towards the target (CoFi, Xia et al. 2022).
         reconstruct: Whether, at once, the weights that read what is left are fitted to give what they gave before
             (least squares on the calibration data); `auto` does so where there is calibration data.
+        precision: At once, `bf16` runs the model over calibration data in bfloat16 under autocast; `auto` does so
+            where the hardware is fast at it. Weights and least squares stay as they are.
         multiple_of: Each layer keeps a multiple of this many neurons: kernels are slower at odd widths.
         begin: Share of the training after which the first units are masked.
-        end: Share of the training after which the masks are final; the rest is fine-tuning.
+        end: Share of the training after which the masks are final; the rest is fine-tuning. Gates are asked for
+            the whole target from half-way between the two.
         interval: Steps between two looks at the masks.
     """
 
@@ -59,11 +67,13 @@ class StructuredPruningConfig(Config):
     neurons: float = Field(0.0, ge=0, lt=1)
     flops: float = Field(0.0, ge=0, lt=1)
     parameters: float = Field(0.0, ge=0, lt=1)
+    bytes: float = Field(0.0, ge=0, lt=1)
     latency: float = Field(0.0, ge=0, lt=1)
     latency_batch: int = Field(8, ge=1, le=4096)
     latency_tokens: int = Field(128, ge=1, le=1 << 20)
-    importance: Literal["auto", "fisher", "taylor", "activation", "magnitude", "movement"] = "auto"
+    importance: Literal["auto", "fisher", "taylor", "activation", "magnitude", "movement", "l0"] = "auto"
     reconstruct: bool | Literal["auto"] = "auto"
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
     multiple_of: int = Field(8, ge=1, le=1024)
     begin: float = Field(0.1, ge=0, lt=1)
     end: float = Field(0.6, gt=0, le=1)
@@ -71,9 +81,11 @@ class StructuredPruningConfig(Config):
 
     @model_validator(mode="after")
     def _something_to_remove(self) -> Self:
-        named = [name for name in ("flops", "parameters", "latency") if getattr(self, name)]
+        named = [name for name in ("flops", "parameters", "bytes", "latency") if getattr(self, name)]
         if not (self.heads or self.neurons or named):
-            raise ValueError("heads, neurons, flops, parameters and latency are all 0: there is nothing to remove")
+            raise ValueError(
+                "heads, neurons, flops, parameters, bytes and latency are all 0: there is nothing to remove"
+            )
         if len(named) > 1 or (named and (self.heads or self.neurons)):
             raise ValueError(f"{named[0]} is a target of its own: set it alone, or heads and neurons without it")
         if self.begin >= self.end:
@@ -93,6 +105,7 @@ def _target(model: PreTrainedModel, config: StructuredPruningConfig, context: Co
             neurons=config.neurons,
             flops=config.flops,
             parameters=config.parameters,
+            bytes=config.bytes,
             multiple_of=config.multiple_of,
         )
     target.require_reachable()
@@ -146,25 +159,35 @@ def structured_pruning(model: PreTrainedModel, config: StructuredPruningConfig, 
     if ranking == "magnitude":
         scores = [importance.magnitude(each) for each in target.units]
     elif ranking == "activation":
-        scores = importance.output_energies(model, target.units, context.calibration)
+        with _computing(model, config):
+            scores = importance.output_energies(model, target.units, context.calibration)
     else:
         folder = context.cache_dir / "pruning" if context.cache_dir else None
-        gradients = importance.kept_gradients(model, target.units, context.calibration, folder)
+        with _computing(model, config):
+            gradients = importance.kept_gradients(model, target.units, context.calibration, folder)
         scores = [getattr(importance, ranking)(each) for each in gradients]
     target.require_telling(scores)
     kept = target.choose(scores)
     if ranking == "fisher":
         kept = [rearrange(each, index) for each, index in zip(gradients, kept, strict=True)]
     mend = bool(context.calibration) if config.reconstruct == "auto" else config.reconstruct
-    made = reconstruct(model, target.units, kept, context.calibration) if mend else None
+    made = None
+    if mend:
+        with _computing(model, config):
+            made = reconstruct(model, target.units, kept, context.calibration)
     findings = {"importance": ranking, "reconstructed": made.mode if made else False}
     return findings | _shrink(model, target, kept, made)
 
 
+def _computing(model: PreTrainedModel, config: StructuredPruningConfig) -> Any:
+    bf16 = config.precision == "bf16" or (config.precision == "auto" and bf16_is_fast())
+    return torch.autocast(model.device.type, torch.bfloat16, enabled=bf16 and model.dtype == torch.float32)
+
+
 def _require_data(ranking: str, config: StructuredPruningConfig, context: Context, labelled: bool) -> None:
-    if ranking == "movement":
+    if ranking in ("movement", "l0"):
         raise CompressionError(
-            "importance 'movement' exists only in training", hint="Add `training` to the step, or choose 'fisher'."
+            f"importance '{ranking}' exists only in training", hint="Add `training` to the step, or choose 'fisher'."
         )
     if ranking in ("fisher", "taylor") and not labelled:
         raise CompressionError(
@@ -192,7 +215,7 @@ class PruningPart(Part):
         if config.importance in ("activation", "fisher"):
             raise CompressionError(
                 f"importance '{config.importance}' exists only without training",
-                hint="In training choose 'taylor', 'movement' or 'magnitude'; 'auto' is 'taylor'.",
+                hint="In training choose 'taylor', 'movement', 'magnitude' or 'l0'; 'auto' is 'taylor'.",
             )
         self.config = config
         self._context = context or Context()
@@ -275,12 +298,97 @@ class PruningPart(Part):
             groups[name][int(index)].copy_(value)
 
 
+class GatedPruningPart(PruningPart):
+    """Learns which units to close (`importance: l0`), closes them for good, and removes them when training ends."""
+
+    def begin(self, model: PreTrainedModel, total_steps: int, device: torch.device) -> None:
+        """Puts a gate before every output projection."""
+        self._target = _target(model, self.config, self._context)
+        self._first, self._last = int(self.config.begin * total_steps), int(self.config.end * total_steps)
+        self._step, units = 0, self._target.units
+        self._counts = [each.count for each in units]
+        constraints = self._target.constraints()
+        each_unit = torch.tensor(self._counts)
+        self._shares = torch.stack([torch.tensor(costs).repeat_interleave(each_unit) for costs, _ in constraints])
+        self._gates = Gates(self._shares, torch.tensor([share for _, share in constraints]), device)
+        self._final = torch.zeros(sum(self._counts), device=device)  # what the gates are once they are settled
+        self._open = split(torch.ones_like(self._final), self._counts)
+        self._handles.append(model.register_forward_pre_hook(self._set))
+        for position, each in enumerate(units):
+            self._handles.append(each.entry.register_forward_pre_hook(self._gate(position)))
+
+    def _set(self, module: Any, *_: Any) -> None:
+        if self._step >= self._last:
+            gates = self._final
+        elif self._step < self._first:
+            gates = torch.ones_like(self._final)
+        else:
+            gates = self._gates.draw() if module.training else typical(self._gates.log_odds.detach())
+        self._open = split(gates, self._counts)
+
+    def _gate(self, position: int) -> Any:
+        units = self._target.units[position]
+        return lambda module, arguments: masking(units, self._open[position])(module, arguments)
+
+    def losses(self, inputs: Mapping[str, Any], outputs: Any) -> Mapping[str, torch.Tensor]:
+        """Adds the Lagrangian's term; the target rises over the first half of the time there is."""
+        if not self._first <= self._step < self._last:
+            return {}
+        progress = min(1.0, 2 * (self._step - self._first + 1) / (self._last - self._first))
+        return {"gates": self._gates.penalty(progress)}
+
+    def before_optimizer_step(self, step: int) -> None:
+        """Moves the gates and the multipliers."""
+        if self._first <= step < self._last:
+            self._gates.update()
+
+    def after_step(self, step: int) -> None:
+        """Settles, when the time has come, which units stay: those most likely open, as many as the target allows."""
+        self._step = step
+        if step < self._last or self._final.any():
+            return
+        # A unit's cost is in the score, since the Lagrangian has weighed it already and the target would once more.
+        scores = open_probability(self._gates.log_odds.detach()) * self._shares.sum(0).to(self._final.device)
+        kept = self._target.choose(split(scores, self._counts))
+        values = typical(self._gates.log_odds.detach())
+        for final, value, index in zip(
+            split(self._final, self._counts), split(values, self._counts), kept, strict=True
+        ):
+            final[index] = value[index].clamp_min(_LEAST_OPEN)
+
+    def end(self, model: PreTrainedModel) -> dict[str, Any]:
+        """Takes the gates off, multiplies what they let through into the weights, and removes what they closed."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        finals = split(self._final, self._counts)
+        for each, final in zip(self._target.units, finals, strict=True):
+            weight, _ = each.weight_and_gradient()
+            each.assign(weight * each.spread(final).to(weight), None)
+        findings = {"expected_removed": [round(share, 4) for share in self._gates.removed().tolist()]}
+        return findings | _shrink(model, self._target, [final.nonzero().flatten() for final in finals])
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Gates, multipliers and what was settled."""
+        return {"final": self._final.cpu(), "step": torch.tensor(self._step)} | self._gates.state()
+
+    def load_state(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Takes them back."""
+        self._final.copy_(state["final"])
+        self._step = int(state["step"])
+        self._gates.load_state(state)
+
+
+def _part(config: StructuredPruningConfig, context: Context) -> PruningPart:
+    return (GatedPruningPart if config.importance == "l0" else PruningPart)(config, context)
+
+
 register(
     Method(
         name="structured_pruning",
         config=StructuredPruningConfig,
         summary="Removes attention heads and FFN neurons, at once or gradually in training.",
         apply=structured_pruning,
-        part=PruningPart,
+        part=_part,
     )
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -12,6 +13,7 @@ import torch
 from pydantic import Field
 
 from hfcompress.configuration import Config
+from hfcompress.errors import ConfigError, Problem
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, TrainingArguments
@@ -37,6 +39,7 @@ class TrainingConfig(Config):
         max_grad_norm: Gradients are clipped to this norm.
         save_steps: A training checkpoint is written every so many steps.
         max_steps: Stops after so many steps, over `epochs`.
+        report_to: Trackers that are told losses and metrics, as `transformers.TrainingArguments` knows them.
     """
 
     epochs: float = Field(3.0, gt=0, le=1000)
@@ -51,6 +54,7 @@ class TrainingConfig(Config):
     max_grad_norm: float = Field(1.0, ge=0)
     save_steps: int = Field(200, ge=1)
     max_steps: int | None = Field(None, ge=1)
+    report_to: tuple[Literal["tensorboard", "trackio"], ...] = ()
 
 
 def training_arguments(
@@ -69,7 +73,7 @@ def training_arguments(
 
     per_step = config.batch_size * config.gradient_accumulation_steps
     steps = config.max_steps or int(config.epochs * -(-examples // per_step))
-    bf16 = config.precision == "bf16" or (config.precision == "auto" and _bf16_is_fast())
+    bf16 = config.precision == "bf16" or (config.precision == "auto" and bf16_is_fast())
     return TrainingArguments(
         output_dir=str(output_dir),
         num_train_epochs=config.epochs,
@@ -92,12 +96,26 @@ def training_arguments(
         seed=seed,
         data_seed=seed,
         disable_tqdm=quiet,
-        report_to="none",
+        report_to=list(config.report_to) or "none",
         dataloader_pin_memory=torch.cuda.is_available(),
     )
 
 
-def _bf16_is_fast() -> bool:
+def require_trackers(trainings: Sequence[TrainingConfig]) -> None:
+    """Refuses a tracker that is not installed, before anything is trained.
+
+    Raises:
+        ConfigError: It is not.
+    """
+    wanted = dict.fromkeys(name for each in trainings for name in each.report_to)
+    missing = [name for name in wanted if find_spec(name) is None]
+    if missing:
+        message = f"{missing[0]} is not installed; `pip install {missing[0]}`, or leave it out"
+        raise ConfigError("training", (Problem(("report_to",), message),))
+
+
+def bf16_is_fast() -> bool:
+    """Tells whether the hardware computes in bfloat16 faster than in float32."""
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)
     flags = Path("/proc/cpuinfo")
@@ -185,6 +203,9 @@ class Part:
 
     label_weight: float = 1.0
     numbered: bool = False
+
+    def prepare(self, model: PreTrainedModel) -> None:
+        """Changes the model before a Trainer looks at it: which of its parameters are trained, say."""
 
     def before_training(self, model: PreTrainedModel, rows: Rows | None) -> None:
         """Looks at model and data before there is an optimizer; `rows` is None where they cannot be counted."""

@@ -1,4 +1,4 @@
-"""Sets single weights to zero, freely or N of every M.
+"""Sets single weights to zero, freely or N of every M, at once or gradually in training.
 
 Zeros are stored and multiplied like any other number: dense kernels get no faster by them and files no smaller. What
 is gained is sparsity that a sparse kernel, or a compressing archive, can use.
@@ -7,7 +7,7 @@ is gained is sparsity that a sparse kernel, or a compressing archive, can use.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any, Literal, Self
 
@@ -20,7 +20,9 @@ from transformers.pytorch_utils import Conv1D
 from hfcompress.configuration import Config
 from hfcompress.errors import CompressionError
 from hfcompress.methods.calibration import run_batches
+from hfcompress.methods.pruning.search import cubic_share
 from hfcompress.methods.registry import Batch, Context, Method, register
+from hfcompress.methods.training import Part
 from hfcompress.modeling.anatomy import base_model, input_width, modules_of
 from hfcompress.modeling.checkpoint import commit
 from hfcompress.modeling.layers.bitsandbytes import kind_of
@@ -38,18 +40,28 @@ class UnstructuredPruningConfig(Config):
         sparsity: Share of each layer's weights set to zero.
         pattern: `2:4` keeps 2 of every 4 neighbouring weights of an output, instead of `sparsity`.
         importance: `magnitude` of the weight, or `wanda`: magnitude times the size of its input on the calibration
-            data, weights of one output compared (Sun et al. 2023); `auto` is `wanda` where there is such data.
+            data, weights of one output compared (Sun et al. 2023); `auto` is `wanda` where there is such data. In
+            training: `magnitude` (which is `auto`), or `movement` by how far weights move away from 0 (Sanh et
+            al. 2020).
         targets: Roles of the layers: `attention` and `ffn`, or single projections. `linear` is every linear layer
             of the base model, in any family.
+        begin: Share of the training after which the first weights become zero.
+        end: Share of the training after which no more do; the rest is fine-tuning.
+        interval: Steps between two looks at the weights.
     """
 
     sparsity: float = Field(0.5, gt=0, lt=1)
     pattern: str | None = None
-    importance: Literal["auto", "wanda", "magnitude"] = "auto"
+    importance: Literal["auto", "wanda", "magnitude", "movement"] = "auto"
     targets: tuple[Target, ...] = Field(("attention", "ffn"), strict=False, min_length=1)
+    begin: float = Field(0.1, ge=0, lt=1)
+    end: float = Field(0.6, gt=0, le=1)
+    interval: int = Field(10, ge=1)
 
     @model_validator(mode="after")
     def _has_one_target(self) -> Self:
+        if self.begin >= self.end:
+            raise ValueError(f"begin ({self.begin}) must be before end ({self.end})")
         if self.pattern is None:
             return self
         match = _PATTERN.fullmatch(self.pattern)
@@ -127,37 +139,57 @@ def unstructured_pruning(model: PreTrainedModel, config: UnstructuredPruningConf
         CompressionError: A target is quantized, not finite, or does not fit the pattern, or calibration data is
             missing. Nothing was changed then.
     """
+    importance = config.importance
+    if importance == "movement":
+        raise CompressionError(
+            "importance 'movement' exists only in training", hint="Add `training` to the step, or choose 'magnitude'."
+        )
+    if importance == "auto":
+        importance = "wanda" if context.calibration else "magnitude"
+    modules = _modules(model, config)
+    sizes = _input_sizes(model, modules, context.calibration) if importance == "wanda" else {}
+    masks = {path: _mask(path, module, config, sizes.get(path)) for path, module in modules.items()}
+    for path, module in modules.items():
+        _zero(module, masks[path])
+    commit(model)
+    return {"importance": importance} | _findings(modules)
+
+
+def _modules(model: PreTrainedModel, config: UnstructuredPruningConfig) -> dict[str, Any]:
+    """Returns what is pruned, by path; of a low-rank layer both factors."""
     base = base_model(model)
     modules: dict[str, Any] = {}
     for path in modules_of(model, config.targets):
         module = base.get_submodule(path)
         factors = ("down", "up") if isinstance(module, LowRankLinear) else ()
         modules |= {f"{path}.{factor}": getattr(module, factor) for factor in factors} or {path: module}
-    importance = config.importance
-    if importance == "auto":
-        importance = "wanda" if context.calibration else "magnitude"
     for path, module in modules.items():
         if kind_of(module):
             raise CompressionError(f"{path} is quantized already", hint="Prune before quantizing.")
         if not torch.isfinite(module.weight).all():
             raise CompressionError(f"{path}: the weight holds values that are not finite")
-    sizes = _input_sizes(model, modules, context.calibration) if importance == "wanda" else {}
-    masks = {path: _mask(path, module, config, sizes.get(path)) for path, module in modules.items()}
-    zeros: dict[str, float] = {}
+    return modules
+
+
+def _as_matrix(module: Any, tensor: torch.Tensor) -> torch.Tensor:
+    """Returns a weight, or what has its shape, as `(out, in)`."""
+    return tensor.detach().T if isinstance(module, Conv1D) else tensor.detach()
+
+
+def _zero(module: Any, mask: torch.Tensor) -> None:
     with torch.no_grad():
-        for path, module in modules.items():
-            mask = masks[path].T if isinstance(module, Conv1D) else masks[path]
-            module.weight.mul_(mask.to(module.weight.dtype))
-            zeros[path] = round((module.weight == 0).float().mean().item(), 4)
-    commit(model)
+        module.weight.mul_((mask.T if isinstance(module, Conv1D) else mask).to(module.weight.dtype))
+
+
+def _findings(modules: dict[str, Any]) -> dict[str, Any]:
+    zeros = {path: round((module.weight == 0).float().mean().item(), 4) for path, module in modules.items()}
     weights = {path: module.weight.numel() for path, module in modules.items()}
     share = sum(zeros[path] * count for path, count in weights.items()) / sum(weights.values())
-    return {"importance": importance, "sparsity": round(share, 4), "layers": zeros, "speed": SPEED}
+    return {"sparsity": round(share, 4), "layers": zeros, "speed": SPEED}
 
 
 def _mask(path: str, module: Any, config: UnstructuredPruningConfig, sizes: torch.Tensor | None) -> torch.Tensor:
-    weight = module.weight.detach()
-    scores = (weight.T if isinstance(module, Conv1D) else weight).float().abs()
+    scores = _as_matrix(module, module.weight).float().abs()
     if sizes is not None:
         scores = scores * sizes
     if config.pattern is None:
@@ -169,11 +201,104 @@ def _mask(path: str, module: Any, config: UnstructuredPruningConfig, sizes: torc
         raise CompressionError(f"{path}: {error.message}", hint="Choose another pattern or other targets.") from None
 
 
+# In training
+
+
+def keep_part_of_pattern(scores: torch.Tensor, n: int, m: int, share: float) -> torch.Tensor:
+    """Marks as `keep_pattern` does, but in a share of the groups only: in those that lose least by it."""
+    kept = keep_pattern(scores, n, m)
+    lost = (scores * ~kept).unflatten(1, (-1, m)).sum(2).flatten()
+    spared = lost.argsort(stable=True)[round(len(lost) * share) :]
+    groups = kept.unflatten(1, (-1, m)).reshape(len(lost), m)
+    return groups.index_fill(0, spared, True).view_as(kept)
+
+
+class UnstructuredPruningPart(Part):
+    """Sets more and more weights to zero while the others train; what is zero stays so.
+
+    Raises:
+        CompressionError: The config's importance cannot be had in training.
+    """
+
+    def __init__(self, config: UnstructuredPruningConfig, context: Context | None = None) -> None:
+        if config.importance == "wanda":
+            raise CompressionError(
+                "importance 'wanda' exists only without training",
+                hint="In training choose 'magnitude' or 'movement'; 'auto' is 'magnitude'.",
+            )
+        self.config = config
+
+    def begin(self, model: PreTrainedModel, total_steps: int, device: torch.device) -> None:
+        """Starts with everything open, and checks that the pattern fits."""
+        self._modules = _modules(model, self.config)
+        self._first, self._last = int(self.config.begin * total_steps), int(self.config.end * total_steps)
+        for path, module in self._modules.items():
+            _mask(path, module, self.config, None)
+        shapes = {path: _as_matrix(module, module.weight) for path, module in self._modules.items()}
+        self._masks = {path: torch.ones_like(weight, dtype=torch.bool) for path, weight in shapes.items()}
+        moves = self.config.importance == "movement"
+        self._moved = {path: torch.zeros_like(weight, dtype=torch.float32) for path, weight in shapes.items() if moves}
+
+    def before_optimizer_step(self, step: int) -> None:
+        """Adds up how far this step's gradients would move each weight away from 0."""
+        if step >= self._last:
+            return
+        for path, moved in self._moved.items():
+            module = self._modules[path]
+            if module.weight.grad is not None:
+                product = module.weight.detach().float() * module.weight.grad.float()
+                moved.sub_(_as_matrix(module, product))
+
+    def after_step(self, step: int) -> None:
+        """Closes more weights where the schedule says so, and holds at zero what is closed."""
+        due = self._first <= step <= self._last and (step % self.config.interval == 0 or step == self._last)
+        progress = cubic_share(1.0, step, self._first, self._last)
+        for path, module in self._modules.items():
+            if due:
+                self._masks[path] &= self._choose(path, module, progress)
+            _zero(module, self._masks[path])
+
+    def _choose(self, path: str, module: Any, progress: float) -> torch.Tensor:
+        scores = _as_matrix(module, module.weight).float().abs()
+        if path in self._moved:
+            scores = self._moved[path] - self._moved[path].min()
+        scores = torch.where(self._masks[path], scores, -1.0)  # what is closed is chosen again, first
+        if self.config.pattern is None:
+            return keep_share(scores, self.config.sparsity * progress, by_output=False)
+        n, m = map(int, self.config.pattern.split(":"))
+        # A group that is closed already loses nothing by being chosen again.
+        return keep_part_of_pattern(scores.clamp_min(0.0), n, m, progress)
+
+    def settled(self, step: int) -> bool:
+        """The zeros are final."""
+        return step >= self._last
+
+    def end(self, model: PreTrainedModel) -> dict[str, Any]:
+        """Writes down what is zero."""
+        for path, module in self._modules.items():
+            _zero(module, self._masks[path])
+        commit(model)
+        importance = "magnitude" if self.config.importance == "auto" else self.config.importance
+        return {"importance": importance} | _findings(self._modules)
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Masks, and movement."""
+        masks = {f"masks.{path}": mask.to("cpu", torch.uint8) for path, mask in self._masks.items()}
+        return masks | {f"moved.{path}": moved.cpu() for path, moved in self._moved.items()}
+
+    def load_state(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Takes both back."""
+        for key, value in state.items():
+            what, _, path = key.partition(".")
+            (self._masks if what == "masks" else self._moved)[path].copy_(value)
+
+
 register(
     Method(
         name="unstructured_pruning",
         config=UnstructuredPruningConfig,
         summary="Sets single weights to zero, freely or N of every M; makes nothing faster by itself.",
         apply=unstructured_pruning,
+        part=UnstructuredPruningPart,
     )
 )

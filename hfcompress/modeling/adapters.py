@@ -1,21 +1,27 @@
-"""Where LoRA goes in a compressed model: PEFT's names for layers, turned into those of their low-rank factors."""
+"""LoRA on compressed models: PEFT's names for layers, turned into those of their low-rank factors; and its layers."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
 
+from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from hfcompress.configuration import suggest
-from hfcompress.errors import CompressionError, MissingBackendError
+from hfcompress.errors import CheckpointError, CompressionError, MissingBackendError
 from hfcompress.modeling.anatomy import ROLES, attention_blocks, base_model, feed_forward_blocks
 from hfcompress.modeling.architectures import architectures
 from hfcompress.modeling.layers.low_rank import LowRankLinear
 
 _HALVES = ("down", "up")
+ADAPTERS_FILE = "adapter_model.safetensors"
 
 
 def lora_targets(model: PreTrainedModel, names: str | Iterable[str] | None = None) -> list[str]:
@@ -56,6 +62,75 @@ def lora_targets(model: PreTrainedModel, names: str | Iterable[str] | None = Non
         whole = not isinstance(modules[layer], LowRankLinear)
         chosen |= {layer} if whole else {f"{layer}.{half}" for half in _HALVES}
     return sorted({_shortest(name, chosen, modules) for name in chosen})
+
+
+# Adapters that are on a model
+
+
+def adapted_layers(model: PreTrainedModel) -> dict[str, Any]:
+    """Returns PEFT's layers by path in the whole model; each holds the layer that it stands for."""
+    if not getattr(model, "_hf_peft_config_loaded", False):
+        return {}
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
+
+
+def forget_adapters(model: PreTrainedModel) -> None:
+    """Tells a model, whose layers are its own again, that it has no adapters."""
+    vars(model).pop("peft_config", None)
+    vars(model).pop("_hf_peft_config_loaded", None)
+
+
+@contextmanager
+def without_adapters(model: PreTrainedModel) -> Iterator[None]:
+    """Runs the body on the model that the adapters were put on."""
+    layers = adapted_layers(model)
+    for path, layer in layers.items():
+        model.set_submodule(path, layer.get_base_layer())
+    # Loading adapters leaves PEFT's names as those that the whole model would be stored by.
+    aside = ("_hf_peft_config_loaded", "_weight_conversions") if layers else ()
+    kept = {name: vars(model).pop(name) for name in aside if name in vars(model)}
+    try:
+        yield
+    finally:
+        for path, layer in layers.items():
+            model.set_submodule(path, layer)
+        vars(model).update(kept)
+
+
+def require_reader(files: Sequence[str] | None) -> None:
+    """Raises `MissingBackendError` where adapters lie beside weight files and PEFT, which reads them, is not there.
+
+    transformers would load the model without them, and say nothing.
+    """
+    beside = [file for file in files or () if (Path(file).parent / ADAPTERS_FILE).is_file()]
+    if beside and find_spec("peft") is None:
+        raise MissingBackendError(
+            f"{Path(beside[0]).parent} holds adapters, which PEFT reads", hint="pip install 'hfcompress[peft]'"
+        )
+
+
+def load_adapters(model: PreTrainedModel, folder: Path) -> bool:
+    """Gives the adapters on a model the values that are stored in a folder; False where there are none.
+
+    Raises:
+        CheckpointError: The stored ones are of other layers or shapes.
+    """
+    if not adapted_layers(model) or not (folder / ADAPTERS_FILE).is_file():
+        return False
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+
+    stored = {name.removeprefix("base_model.model."): each for name, each in load_file(folder / ADAPTERS_FILE).items()}
+    live = get_peft_model_state_dict(model, save_embedding_layers=False)
+    live = {name.removeprefix("base_model.model."): each for name, each in live.items()}
+    if {name: each.shape for name, each in stored.items()} != {name: each.shape for name, each in live.items()}:
+        raise CheckpointError(
+            f"{folder} holds adapters of other layers or another rank than the model has",
+            hint="Start the run again in an empty folder.",
+        )
+    set_peft_model_state_dict(model, stored)
+    return True
 
 
 def _defaults(model: PreTrainedModel) -> str | Iterable[str]:

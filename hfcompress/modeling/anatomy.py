@@ -22,6 +22,7 @@ from hfcompress.modeling.architectures import (
     architectures,
 )
 from hfcompress.modeling.layers.low_rank import LowRankLinear
+from hfcompress.modeling.layers.removed import Constant
 
 KindT = TypeVar("KindT")
 
@@ -89,6 +90,9 @@ class _Block:
     def has(self, relative: str) -> bool:
         return find(self.base, self.path(relative)) is not None
 
+    def _has_output(self, output: str) -> bool:
+        return not isinstance(self.at(output), Constant)
+
     def _width(self, projection: Projection) -> int:
         return output_width(self.at(projection.path)) // projection.parts
 
@@ -98,6 +102,11 @@ class AttentionBlock(_Block):
     """One attention of a live model, sizes read off its modules."""
 
     spec: Attention
+
+    @property
+    def removed(self) -> bool:
+        """Whether it was taken out as a whole."""
+        return not self._has_output(self.spec.output)
 
     @property
     def name(self) -> str:
@@ -149,6 +158,11 @@ class FeedForwardBlock(_Block):
     spec: FeedForward
 
     @property
+    def removed(self) -> bool:
+        """Whether it was taken out as a whole."""
+        return not self._has_output(self.spec.output)
+
+    @property
     def name(self) -> str:
         """Path of the module that the neurons come out of."""
         return self.path(self.inputs[0].path)
@@ -189,15 +203,26 @@ def _layers(model: PreTrainedModel) -> Iterator[tuple[PreTrainedModel, Stack, st
                 yield base, stack, f"{layers}.{index}"
 
 
+def blocks_and_gaps(model: PreTrainedModel) -> list[AttentionBlock | FeedForwardBlock]:
+    """Returns every attention and feed-forward block, layer by layer, those that were taken out included."""
+    blocks: list[AttentionBlock | FeedForwardBlock] = []
+    for where in _layers(model):
+        attentions = [AttentionBlock(*where, spec) for spec in where[1].attentions]
+        blocks += [block for block in attentions if not block.spec.optional or block.has(block.spec.module)]
+        blocks += [FeedForwardBlock(*where, spec) for spec in where[1].feed_forwards]
+    return blocks
+
+
 def attention_blocks(model: PreTrainedModel) -> list[AttentionBlock]:
-    """Returns every attention, layer by layer."""
-    blocks = [AttentionBlock(*where, spec) for where in _layers(model) for spec in where[1].attentions]
-    return [block for block in blocks if not block.spec.optional or block.has(block.spec.module)]
+    """Returns every attention that is there, layer by layer."""
+    blocks = blocks_and_gaps(model)
+    return [each for each in blocks if isinstance(each, AttentionBlock) and not each.removed]
 
 
 def feed_forward_blocks(model: PreTrainedModel) -> list[FeedForwardBlock]:
-    """Returns every feed-forward block, layer by layer."""
-    return [FeedForwardBlock(*where, spec) for where in _layers(model) for spec in where[1].feed_forwards]
+    """Returns every feed-forward block that is there, layer by layer."""
+    blocks = blocks_and_gaps(model)
+    return [each for each in blocks if isinstance(each, FeedForwardBlock) and not each.removed]
 
 
 def linear_layers(model: PreTrainedModel) -> dict[str, nn.Module]:

@@ -7,17 +7,24 @@ a stock model on `meta` before its weights are loaded; there the structure is pu
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
-from transformers.quantizers.auto import AutoHfQuantizer, register_quantization_config, register_quantizer
+from transformers.quantizers.auto import (
+    AutoHfQuantizer,
+    AutoQuantizationConfig,
+    register_quantization_config,
+    register_quantizer,
+)
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from hfcompress.errors import CheckpointError
+from hfcompress.modeling.adapters import require_reader
 from hfcompress.modeling.anatomy import base_model, find
 from hfcompress.modeling.architectures import architectures
 from hfcompress.modeling.layers.bitsandbytes import (
@@ -30,7 +37,7 @@ from hfcompress.modeling.layers.bitsandbytes import (
 )
 from hfcompress.modeling.loading import guard_config, guard_files, require_checked, require_exact_base
 from hfcompress.modeling.saving import forget_reading, replace_directory, save, save_as_stock, seal_when_saved
-from hfcompress.modeling.structure import Structure, describe, rebuild, say_in_stock_fields
+from hfcompress.modeling.structure import Structure, describe, read_linear_entry, rebuild, say_in_stock_fields
 
 __all__ = ["HFCompressConfig", "HFCompressQuantizer", "commit", "needs_plugin", "replace_directory", "save"]
 
@@ -123,6 +130,7 @@ class HFCompressQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         structure = self.quantization_config.structure
         guard_files(kwargs.get("checkpoint_files"), model.config, structure)
+        require_reader(kwargs.get("checkpoint_files"))
         rebuild(model, structure)
         require_exact_base(model)
 
@@ -180,35 +188,51 @@ def _detached(model: PreTrainedModel) -> list[str]:
     return [name for each in absent for name in (each, f"{model.base_model_prefix}.{each}")]
 
 
+def _any_head(model: PreTrainedModel) -> str:
+    """Returns a pattern, as transformers matches such names, of every module outside the base model.
+
+    A head of another task that is put on the checkpoint is drawn at random, which 8-bit weights cannot be.
+    """
+    inside = [model.base_model_prefix, *(name for name, _ in base_model(model).named_children())]
+    return rf"(?!(?:{'|'.join(map(re.escape, filter(None, inside)))})(?:\.|$)).*"
+
+
 def _stock_quantization(model: PreTrainedModel, structure: Structure) -> BitsAndBytesConfig | None:
     """Returns the stock record where the only difference is that bitsandbytes holds every linear layer alike.
 
     None as well where some layer's widths crash or go wrong on CPU unless hfcompress has loaded it.
     """
-    kinds = set(structure.get("linear", {}).values())
-    if set(structure) != {"linear"} or len(kinds) != 1:
+    if set(structure) != {"linear"}:
         return None
-    kind = kinds.pop()
+    entries = {read_linear_entry(name, entry) for name, entry in structure["linear"].items()}
+    if len(entries) != 1:
+        return None
+    kind, numerics = entries.pop()
     if kind != "int8" and not all(runs_without_cure(module) for module in model.modules() if kind_of(module)):
         return None
     skipped = [name for name, module in model.named_modules() if type(module) in (nn.Linear, Conv1D)]
-    skipped += _detached(model)
+    skipped += [*_detached(model), _any_head(model)]
     if kind == "int8":
-        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0, llm_int8_skip_modules=skipped)
+        form = {"llm_int8_threshold": numerics.threshold, "llm_int8_skip_modules": skipped}
+        return BitsAndBytesConfig(load_in_8bit=True, **form)
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type=kind.removesuffix("-double"),
         bnb_4bit_use_double_quant=kind.endswith("-double"),
-        bnb_4bit_compute_dtype=model.dtype,
+        bnb_4bit_compute_dtype=numerics.compute_dtype or model.dtype,
         llm_int8_skip_modules=skipped,
     )
 
 
-def commit(model: PreTrainedModel) -> None:
+def commit(model: PreTrainedModel, *, stock: bool = True) -> None:
     """Writes a model's structure into its config, so that plain `save_pretrained` is right from here on.
 
     Every change of structure ends here. What the stock config can say is said there, and a model that needs
     nothing else is an ordinary checkpoint that loads without hfcompress.
+
+    Args:
+        model: The model.
+        stock: Whether what is quantized alike everywhere may be recorded as bitsandbytes' own.
     """
     settle_all(model)
     forget_reading(model)
@@ -217,12 +241,23 @@ def commit(model: PreTrainedModel) -> None:
     if not structure:
         _detach(model)
         return
-    stock = _stock_quantization(model, structure)
-    if stock is not None:
-        _attach(model, stock, AutoHfQuantizer.from_config(stock, pre_quantized=True))
+    record = _stock_quantization(model, structure) if stock else None
+    if record is not None:
+        _attach(model, record, AutoHfQuantizer.from_config(record, pre_quantized=True))
         return
     config = HFCompressConfig(structure)
     _attach(model, config, HFCompressQuantizer(config) if "linear" in structure else None)
+
+
+def attach_stock(model: PreTrainedModel, record: dict[str, Any]) -> None:
+    """Leaves a model that another library has quantized as transformers would have loaded it.
+
+    Args:
+        model: The model, as its stock config and the record build it.
+        record: What `quantization_config` says in its config.
+    """
+    config = AutoQuantizationConfig.from_dict(record)
+    _attach(model, config, AutoHfQuantizer.from_config(config, pre_quantized=True))
 
 
 def needs_plugin(model: PreTrainedModel) -> bool:

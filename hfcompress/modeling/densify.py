@@ -18,6 +18,7 @@ from hfcompress.modeling.anatomy import (
     FeedForwardBlock,
     attention_blocks,
     base_model,
+    blocks_and_gaps,
     feed_forward_blocks,
 )
 from hfcompress.modeling.architectures import Projection, architectures
@@ -68,16 +69,17 @@ def densify(directory: Path | str, out: Path | str) -> None:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise RunFolderError(f"{out} is not empty", hint="Choose a new folder.")
     model = _load(directory)
-    save(stock_twin(model), out, tokenizer=_Companions(directory))
+    save(stock_twin(model), out, tokenizer=Companions(directory))
 
 
-class _Companions:
-    """Saves like a tokenizer: copies its files as they are."""
+class Companions:
+    """Saves like a tokenizer: copies the files that go with a folder's weights as they are."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
 
     def save_pretrained(self, place: Path) -> None:
+        """Copies the files into a folder."""
         for name in _COMPANIONS:
             if (self.directory / name).exists():
                 require_inside(self.directory / name, self.directory)
@@ -124,6 +126,9 @@ def stock_twin(model: PreTrainedModel) -> PreTrainedModel:
             _spread_attention(tensors, attention, twin_base, prefix)
         for block in feed_forward_blocks(model):
             _spread_feed_forward(tensors, block, twin_base, prefix)
+        for block in blocks_and_gaps(model):
+            if block.removed:
+                _fill_gap(tensors, block, twin_base, prefix)
     expected = {name: tuple(tensor.shape) for name, tensor in twin.state_dict().items()}
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
@@ -151,7 +156,7 @@ def _plain_tensors(model: PreTrainedModel, twin: PreTrainedModel) -> Tensors:
             weight = weights[id(read)]
             transposed = isinstance(twin.get_submodule(name), Conv1D)
             made[f"{name}.weight"] = (weight.T if transposed else weight).contiguous()
-            bias = module.up.bias if isinstance(module, LowRankLinear) else getattr(module, "bias", None)
+            bias = getattr(module, "bias", None)
             if bias is not None:
                 made[f"{name}.bias"] = bias.detach()
     kept = {
@@ -166,7 +171,7 @@ def _float_weight(module: Any) -> torch.Tensor:
     """Returns the float matrix, `(out, in)` or `(rows, columns)`, that a compressed module stands for."""
     if isinstance(module, LowRankLinear):
         up, down = _float_weight(module.up), _float_weight(module.down)
-        return (up.double() @ down.double()).float()
+        return module.compose(up.double(), down.double()).float()
     if isinstance(module, (QuantizedEmbedding, LowRankEmbedding)):
         return module.dense()
     return module.weight.detach() if kind_of(module) is None else dequantize(module)
@@ -198,6 +203,17 @@ def _spread_feed_forward(tensors: Tensors, block: FeedForwardBlock, twin: PreTra
     totals = [block.stock_neurons] * len(block.inputs)
     _spread_outputs(tensors, block, [(each, place) for each in block.inputs], totals, twin, prefix)
     _spread_inputs(tensors, block.path(block.spec.output), place, block.stock_neurons, twin, prefix)
+
+
+def _fill_gap(tensors: Tensors, block: AttentionBlock | FeedForwardBlock, twin: PreTrainedModel, prefix: str) -> None:
+    """Puts zeros where a block was taken out; the bias that it left behind is there already."""
+    attends = isinstance(block, AttentionBlock)
+    inputs = [each.path for _, each in block.projections] if attends else [each.path for each in block.inputs]
+    device = next(iter(tensors.values())).device
+    for path in (*inputs, block.spec.output):
+        name = block.path(path)
+        for kind, stock in twin.get_submodule(name).state_dict().items():
+            tensors.setdefault(f"{prefix}{name}.{kind}", torch.zeros_like(stock, device=device))
 
 
 def _spread_outputs(

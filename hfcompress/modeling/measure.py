@@ -25,3 +25,9 @@ def count_parameters(model: nn.Module) -> int:
 def weight_bytes(directory: Path) -> int:
     """Counts the bytes of a checkpoint's weight files on disk."""
     return sum(file.stat().st_size for file in directory.glob("*.safetensors"))
+
+
+def tensor_bytes(model: nn.Module) -> int:
+    """Counts the bytes of the tensors that a checkpoint of the model holds; shared ones once."""
+    tensors = {id(each): each for each in model.state_dict(keep_vars=True).values()}
+    return sum(each.numel() * each.element_size() for each in tensors.values())

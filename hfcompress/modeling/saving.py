@@ -24,6 +24,7 @@ from transformers.modeling_utils import remove_tied_weights_from_state_dict
 from transformers.quantizers.base import HfQuantizer
 
 from hfcompress.errors import CheckpointError
+from hfcompress.modeling.adapters import adapted_layers, without_adapters
 from hfcompress.modeling.integrity import make_seal
 from hfcompress.modeling.layers.bitsandbytes import settle_all
 
@@ -154,7 +155,10 @@ def save(model: PreTrainedModel, directory: Path, *, tokenizer: Any = None, **op
         _recover(directory)
         shutil.rmtree(partial, ignore_errors=True)
         try:
-            save_sealed(model, partial, **options)
+            with without_adapters(model):
+                save_sealed(model, partial, **options)
+            if adapted_layers(model):  # in files of their own; transformers puts them on what lies beside them
+                save_sealed(model, partial)
             if tokenizer is not None:
                 tokenizer.save_pretrained(partial)
             _open_modes(partial)

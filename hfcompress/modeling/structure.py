@@ -2,13 +2,17 @@
 
 The record is small JSON, relative to the base model, and holds only what differs from the stock config:
 
-    {"heads": {"encoder.layer.0.attention.self": 7},
+    {"removed": {"encoder.layer.3.attention.self": true},
+     "heads": {"encoder.layer.0.attention.self": 7},
      "neurons": {"encoder.layer.0.intermediate.dense": 704},
      "low_rank": {"encoder.layer.*.intermediate.dense": 96},
+     "pivoted": {"encoder.layer.*.output.dense": 256},
      "low_rank_embeddings": {"embeddings.word_embeddings": 128},
      "embeddings": {"embeddings.word_embeddings": {"bits": 8, "group_size": 384}},
-     "linear": {"encoder.layer.*.attention.self.query": "int8"},
-     "packed": {"encoder.layer.*.output.dense": "ternary"}}
+     "linear": {"encoder.layer.*.attention.self.query": "int8",
+                "encoder.layer.*.output.dense": {"kind": "nf4", "compute_dtype": "bfloat16"}},
+     "packed": {"encoder.layer.*.output.dense": "ternary"},
+     "torchao": {"encoder.layer.*.attention.self.key": "torchao-int8"}}
 
 A name with `*` for a layer's number stands for every layer's module of that name.
 """
@@ -16,31 +20,42 @@ A name with `*` for a layer's number stands for every layer's module of that nam
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from hfcompress.configuration import suggest
-from hfcompress.errors import CheckpointError
+from hfcompress.errors import CheckpointError, CompressionError
 from hfcompress.modeling import surgery
 from hfcompress.modeling.anatomy import (
     AttentionBlock,
     architecture_of,
     attention_blocks,
     base_model,
+    blocks_and_gaps,
     feed_forward_blocks,
     input_width,
     linear_layers,
     output_width,
 )
 from hfcompress.modeling.architectures import architectures
-from hfcompress.modeling.layers.bitsandbytes import KINDS, empty_linear, kind_of
-from hfcompress.modeling.layers.low_rank import LowRankLinear
+from hfcompress.modeling.layers.bitsandbytes import (
+    COMPUTE_DTYPES,
+    KINDS,
+    Kind,
+    Numerics,
+    empty_linear,
+    kind_of,
+    numerics_of,
+)
+from hfcompress.modeling.layers.low_rank import LowRankLinear, PivotedLinear
 from hfcompress.modeling.layers.packed_linear import PACKED_KINDS, PackedLinear
 from hfcompress.modeling.layers.quantized_embedding import QuantizedEmbedding
 from hfcompress.modeling.layers.tied import LowRankEmbedding
+from hfcompress.modeling.layers.torchao import TORCHAO_KINDS, TorchAOLinear
 from hfcompress.modeling.ties import is_table, replace_table, scale_of
 
 Structure = dict[str, dict[str, Any]]
@@ -111,13 +126,18 @@ def describe(model: PreTrainedModel) -> Structure:
     structure: Structure = {}
     if model.config.model_type in architectures():
         attentions, blocks = attention_blocks(model), feed_forward_blocks(model)
+        everything = blocks_and_gaps(model)
+        gone = {block.name: True for block in everything if block.removed}
+        structure["removed"] = _compact(gone, [block.name for block in everything])
         heads = {block.name: block.heads for block in attentions if block.heads != block.stock_heads}
         structure["heads"] = _compact(heads, [block.name for block in attentions])
         neurons = {block.name: block.neurons for block in blocks if block.neurons != block.stock_neurons}
         structure["neurons"] = _compact(neurons, [block.name for block in blocks])
     low_rank = {name: module for name, module in base.named_modules() if isinstance(module, LowRankLinear)}
     wholes = [name for name in linear_layers(model) if name.rpartition(".")[0] not in low_rank]
-    structure["low_rank"] = _compact({name: module.rank for name, module in low_rank.items()}, [*wholes, *low_rank])
+    for section, pivoted in (("low_rank", False), ("pivoted", True)):
+        ranks = {name: each.rank for name, each in low_rank.items() if isinstance(each, PivotedLinear) is pivoted}
+        structure[section] = _compact(ranks, [*wholes, *low_rank])
     structure["low_rank_embeddings"] = {
         name: module.rank for name, module in base.named_modules() if isinstance(module, LowRankEmbedding)
     }
@@ -128,10 +148,39 @@ def describe(model: PreTrainedModel) -> Structure:
     }
     linears = linear_layers(model)
     quantized = {name: kind for name, module in linears.items() if (kind := kind_of(module))}
-    structure["linear"] = _compact({name: kind for name, kind in quantized.items() if kind in KINDS}, linears)
-    packed = {name: kind for name, kind in quantized.items() if kind in PACKED_KINDS}
-    structure["packed"] = _compact(packed, linears)
+    for section, kinds in (("linear", KINDS), ("packed", PACKED_KINDS), ("torchao", TORCHAO_KINDS)):
+        held = {name: kind for name, kind in quantized.items() if kind in kinds}
+        if section == "linear":
+            held = {name: _linear_entry(linears[name], kind, model.dtype) for name, kind in held.items()}
+        structure[section] = _compact(held, linears)
     return {section: entries for section, entries in structure.items() if entries}
+
+
+def _linear_entry(module: nn.Module, kind: str, dtype: torch.dtype) -> Any:
+    """Returns a layer's kind, with how it computes where that is not as usual."""
+    said = {name: value for name, value in numerics_of(module, dtype)._asdict().items() if value}
+    return {"kind": kind, **said} if said else kind
+
+
+def read_linear_entry(name: str, entry: Any) -> tuple[Kind, Numerics]:
+    """Returns the kind of a layer and how it computes.
+
+    Raises:
+        CheckpointError: The entry is not of that form.
+    """
+    said = dict(entry) if isinstance(entry, Mapping) else {"kind": entry}
+    kind = said.pop("kind", None)
+    if kind not in KINDS:
+        raise CheckpointError(f"config.json: structure.linear: '{name}' is {kind!r}; allowed: {', '.join(KINDS)}")
+    own: dict[str, Any] = said if set(said) == {"threshold" if kind == "int8" else "compute_dtype"} else {}
+    threshold, computes = own.get("threshold", 0.0), own.get("compute_dtype")
+    wrong = isinstance(threshold, bool) or not isinstance(threshold, int | float) or not 0 <= threshold <= 1e6
+    if len(own) < len(said) or wrong or (computes is not None and computes not in COMPUTE_DTYPES):
+        raise CheckpointError(
+            f"config.json: structure.linear: '{name}' is {entry!r}; beside its kind an int8 layer may have a threshold "
+            f"from 0 to 1e6, others a compute_dtype: {', '.join(COMPUTE_DTYPES)}"
+        )
+    return kind, Numerics(float(threshold), computes)
 
 
 def say_in_stock_fields(model: PreTrainedModel) -> None:
@@ -196,6 +245,17 @@ def _bounded(section: str, name: str, value: object, most: int) -> int:
     return value
 
 
+def _restore_removed(model: PreTrainedModel, entries: Mapping[str, Any]) -> None:
+    blocks = {block.name: block for block in blocks_and_gaps(model)}
+    for name, gone in _unfold("removed", entries, blocks, _absent(model)).items():
+        if gone is not True:
+            raise CheckpointError(f"config.json: structure.removed: '{name}' must be true, not {gone!r}")
+        try:
+            surgery.remove_block(blocks[name])
+        except CompressionError as error:
+            raise CheckpointError(f"config.json: structure.removed: {error.message}") from None
+
+
 def _restore_heads(model: PreTrainedModel, entries: Mapping[str, Any]) -> None:
     blocks = {block.name: block for block in attention_blocks(model)}
     for name, count in _unfold("heads", entries, blocks, _absent(model)).items():
@@ -215,6 +275,13 @@ def _restore_low_rank(model: PreTrainedModel, entries: Mapping[str, Any]) -> Non
     for name, rank in _unfold("low_rank", entries, linears, _absent(model)).items():
         most = min(input_width(linears[name]), output_width(linears[name]))
         surgery.factorize(model, name, _bounded("low_rank", name, rank, most))
+
+
+def _restore_pivoted(model: PreTrainedModel, entries: Mapping[str, Any]) -> None:
+    linears = linear_layers(model)
+    for name, rank in _unfold("pivoted", entries, linears, _absent(model)).items():
+        most = min(input_width(linears[name]), output_width(linears[name]) - 1)
+        surgery.factorize(model, name, _bounded("pivoted", name, rank, most), pivoted=True)
 
 
 def _tables(model: PreTrainedModel) -> dict[str, Any]:
@@ -259,39 +326,52 @@ def _restore_embeddings(model: PreTrainedModel, entries: Mapping[str, Any]) -> N
 
 
 def _restore_linear(model: PreTrainedModel, entries: Mapping[str, Any]) -> None:
-    base, linears = base_model(model), linear_layers(model)
-    for name, kind in _unfold("linear", entries, linears, _absent(model)).items():
-        if kind not in KINDS:
-            raise CheckpointError(f"config.json: structure.linear: '{name}' is {kind!r}; allowed: {', '.join(KINDS)}")
+    linears = linear_layers(model)
+    for name, entry in _unfold("linear", entries, linears, _absent(model)).items():
+        kind, numerics = read_linear_entry(name, entry)
         old: Any = linears[name]
-        new = empty_linear(
-            input_width(old),
-            output_width(old),
-            bias=old.bias is not None,
-            kind=kind,
-            dtype=old.weight.dtype if old.weight.is_floating_point() else torch.get_default_dtype(),
-        )
-        base.set_submodule(name, new)
+        dtype = old.weight.dtype if old.weight.is_floating_point() else torch.get_default_dtype()
+        form = {"bias": old.bias is not None, "kind": kind, "dtype": dtype, "numerics": numerics}
+        base_model(model).set_submodule(name, empty_linear(input_width(old), output_width(old), **form))
 
 
 def _restore_packed(model: PreTrainedModel, entries: Mapping[str, Any]) -> None:
-    base, linears = base_model(model), linear_layers(model)
-    for name, kind in _unfold("packed", entries, linears, _absent(model)).items():
-        if kind not in PACKED_KINDS:
-            allowed = ", ".join(PACKED_KINDS)
-            raise CheckpointError(f"config.json: structure.packed: '{name}' is {kind!r}; allowed: {allowed}")
-        old: Any = linears[name]
-        form = {"kind": kind, "device": old.weight.device, "dtype": old.weight.dtype}
-        base.set_submodule(name, PackedLinear(input_width(old), output_width(old), old.bias is not None, **form))
+    for old, name, kind in _of_kinds(model, "packed", entries, PACKED_KINDS):
+        base_model(model).set_submodule(name, _like(old, PackedLinear, kind))
+
+
+def _restore_torchao(model: PreTrainedModel, entries: Mapping[str, Any]) -> None:
+    for old, name, kind in _of_kinds(model, "torchao", entries, TORCHAO_KINDS):
+        base_model(model).set_submodule(name, _like(old, TorchAOLinear, kind))
+
+
+def _of_kinds(
+    model: PreTrainedModel, section: str, entries: Mapping[str, Any], kinds: Sequence[str]
+) -> Iterator[tuple[Any, str, Any]]:
+    """Yields the linear layers of a section, each with its path and one of the kinds that the section knows."""
+    linears = linear_layers(model)
+    for name, kind in _unfold(section, entries, linears, _absent(model)).items():
+        if kind not in kinds:
+            allowed = ", ".join(kinds)
+            raise CheckpointError(f"config.json: structure.{section}: '{name}' is {kind!r}; allowed: {allowed}")
+        yield linears[name], name, kind
+
+
+def _like(old: Any, made: Callable[..., nn.Module], kind: str) -> nn.Module:
+    form = {"kind": kind, "device": old.weight.device, "dtype": old.weight.dtype}
+    return made(input_width(old), output_width(old), old.bias is not None, **form)
 
 
 # In the order in which they are put back: each section's names are those of the tree at that point.
 _SECTIONS: dict[str, Callable[[PreTrainedModel, Mapping[str, Any]], None]] = {
+    "removed": _restore_removed,
     "heads": _restore_heads,
     "neurons": _restore_neurons,
     "low_rank": _restore_low_rank,
+    "pivoted": _restore_pivoted,
     "low_rank_embeddings": _restore_low_rank_embeddings,
     "embeddings": _restore_embeddings,
     "linear": _restore_linear,
     "packed": _restore_packed,
+    "torchao": _restore_torchao,
 }

@@ -27,11 +27,23 @@ from hfcompress.modeling.anatomy import (
 )
 from hfcompress.modeling.architectures import Projection, Stack
 from hfcompress.modeling.layers.kept_heads import keep_heads
-from hfcompress.modeling.layers.low_rank import LowRankLinear
+from hfcompress.modeling.layers.low_rank import LowRankLinear, PivotedLinear
+from hfcompress.modeling.layers.removed import Constant, Nothing, attend_to_nothing
+
+
+def _index(kept: Sequence[int]) -> torch.Tensor:
+    """Returns indexes as int64, on the CPU where a load has `meta` as its default."""
+    if isinstance(kept, range):  # a load asks for thousands
+        return torch.arange(kept.start, kept.stop, kept.step, device="cpu")
+    return torch.tensor(list(kept), device="cpu")
 
 
 def _take(parameter: nn.Parameter, index: torch.Tensor, dim: int) -> nn.Parameter:
-    taken = parameter.detach().index_select(dim, index.to(parameter.device))
+    if parameter.is_meta:  # nothing but the shape is there, and a load does this for every layer
+        shape = [*parameter.shape[:dim], len(index), *parameter.shape[dim + 1 :]]
+        taken = torch.empty(shape, dtype=parameter.dtype, device="meta")
+    else:
+        taken = parameter.detach().index_select(dim, index.to(parameter.device))
     return nn.Parameter(taken, requires_grad=parameter.requires_grad)
 
 
@@ -41,7 +53,9 @@ def select_outputs(module: Any, index: torch.Tensor) -> None:
     Raises:
         CompressionError: The module is quantized, or of a class that is not linear.
     """
-    if isinstance(module, LowRankLinear):
+    if isinstance(module, PivotedLinear):
+        _select_pivoted_outputs(module, index)
+    elif isinstance(module, LowRankLinear):
         select_outputs(module.up, index)
     elif isinstance(module, Conv1D):
         module.weight, module.bias = _take(module.weight, index, 1), _take(module.bias, index, 0)
@@ -52,6 +66,22 @@ def select_outputs(module: Any, index: torch.Tensor) -> None:
         if module.bias is not None:
             module.bias = _take(module.bias, index, 0)
         module.out_features = len(index)
+
+
+def _select_pivoted_outputs(module: PivotedLinear, index: torch.Tensor) -> None:
+    """Finds other rows to make the rest of, for some of those so far may be among what goes."""
+    _require_float(module.up)
+    _require_float(module.down)
+    bias: Any = module.bias
+    if bias is not None:
+        module.set_bias(_take(bias, index, 0))
+    if module.down.weight.is_meta:
+        module.up.weight = nn.Parameter(module.up.weight.new_empty(len(index) - module.rank, module.rank))
+        module.places, module.up.out_features = module.places[: len(index)], len(index) - module.rank
+        return
+    rows, rest = module.down.weight.detach().double(), module.up.weight.detach().double()
+    thin = torch.cat((torch.eye(module.rank).to(rest), rest))
+    module.set_factors(thin.index_select(0, module.places[index.to(module.places.device)]), rows)
 
 
 def select_inputs(module: Any, index: torch.Tensor) -> None:
@@ -81,7 +111,7 @@ def _require_float(module: nn.Module) -> None:
 
 def _rows(kept: torch.Tensor, width: int) -> torch.Tensor:
     """Turns indexes of groups into indexes of their members: each group has `width` neighbours."""
-    return (kept.unsqueeze(1) * width + torch.arange(width)).flatten()
+    return (kept.unsqueeze(1) * width + torch.arange(width, device="cpu")).flatten()
 
 
 def _select_projections(
@@ -94,9 +124,15 @@ def _select_projections(
     parts = {projection.path: projection.parts for projection, _ in wanted}
     for path, index_of_part in by_path.items():
         module = block.at(path)
-        size = output_width(module) // parts[path]
-        everything = torch.arange(size)
-        index = torch.cat([part * size + index_of_part.get(part, everything) for part in range(parts[path])])
+        if parts[path] == 1:
+            index = index_of_part[0]
+        else:
+            size = output_width(module) // parts[path]
+            everything = torch.arange(size, device="cpu")
+            index = torch.cat([part * size + index_of_part.get(part, everything) for part in range(parts[path])])
+        if isinstance(module, PivotedLinear) and len(index) <= module.rank:
+            defactorize(block.base, block.path(path))  # so few outputs need no factors
+            module = block.at(path)
         select_outputs(module, index)
 
 
@@ -113,7 +149,7 @@ def shrink_attention(block: AttentionBlock, kept: Sequence[int]) -> None:
     if not kept:
         raise CompressionError(f"{block.name}: at least one head must stay")
     head_dim, queries, spec = block.head_dim, block.queries_per_head, block.spec
-    index = torch.tensor(list(kept))
+    index = _index(kept)
     if spec.shared_bias != "none" and len(kept) < block.heads:
         keep_heads(block.module, index, spec.shared_bias)
     query_rows, key_rows = _rows(index, head_dim * queries), _rows(index, head_dim)
@@ -142,13 +178,62 @@ def shrink_feed_forward(block: FeedForwardBlock, kept: Sequence[int]) -> None:
     """
     if not kept:
         raise CompressionError(f"{block.name}: at least one neuron must stay")
-    index = torch.tensor(list(kept))
+    index = _index(kept)
     _select_projections(block, [(projection, index) for projection in block.inputs])
     select_inputs(block.at(block.spec.output), index)
 
 
+def remove_block(block: AttentionBlock | FeedForwardBlock, inputs: torch.Tensor | None = None) -> None:
+    """Takes out a whole attention or feed-forward block; the residual connection around it stays.
+
+    Args:
+        block: The block.
+        inputs: What its output projection reads on average, `(in,)`: what becomes of that is added to the bias
+            which the block leaves behind, where the family has a bias there.
+
+    Raises:
+        CompressionError: The layer does not run without the block, or its output projection is quantized.
+    """
+    require_removable(block)
+    attends = isinstance(block, AttentionBlock)
+    output: Any = block.at(block.spec.output)
+    width = output.out_features if isinstance(output, LowRankLinear) else output_width(output)
+    bias: Any = output.bias
+    new = Constant(width, bias is not None, output.weight.device, output.weight.dtype)
+    if new.bias is not None and not output.weight.is_meta:
+        with torch.no_grad():
+            new.bias.copy_(bias if inputs is None else output(inputs.to(new.bias)))
+    projections = [each for _, each in block.projections] if attends else block.inputs
+    for projection in projections:
+        block.base.set_submodule(block.path(projection.path), Nothing())
+    block.base.set_submodule(block.path(block.spec.output), new)
+    if attends:
+        attend_to_nothing(block.module)
+
+
+def require_removable(block: AttentionBlock | FeedForwardBlock) -> None:
+    """Raises CompressionError where `remove_block` would."""
+    if block.stack.shared:
+        raise CompressionError(f"{block.name}: its layer is run over and over: the block cannot go alone")
+    decodes = isinstance(block, AttentionBlock) and getattr(block.base.config, "is_decoder", False)
+    if not block.spec.removable or decodes:
+        raise CompressionError(
+            f"{block.name}: such a block cannot be taken out in this family: other parts need it",
+            hint="Take out whole layers, or blocks of the other kind.",
+        )
+    output: Any = block.at(block.spec.output)
+    last: Any = output.up if isinstance(output, LowRankLinear) else output
+    if not isinstance(last, Conv1D):
+        _require_float(last)
+
+
 def factorize(
-    model: PreTrainedModel, path: str, rank: int, factors: tuple[torch.Tensor, torch.Tensor] | None = None
+    model: PreTrainedModel,
+    path: str,
+    rank: int,
+    factors: tuple[torch.Tensor, torch.Tensor] | None = None,
+    *,
+    pivoted: bool = False,
 ) -> None:
     """Replaces a linear-like module by a low-rank one with the same bias.
 
@@ -157,6 +242,7 @@ def factorize(
         path: The module, relative to the base model.
         rank: Width between the factors.
         factors: `up` of shape `(out, rank)` and `down` of shape `(rank, in)`; left uninitialised when None.
+        pivoted: Whether the rank's worth of outputs is computed from the inputs and the others from those.
 
     Raises:
         CompressionError: The module shares its weight with another one, is quantized, or is not linear.
@@ -173,7 +259,8 @@ def factorize(
             hint="Leave it out of the targets.",
         )
     weight = old.weight
-    new = LowRankLinear(
+    kind = PivotedLinear if pivoted else LowRankLinear
+    new = kind(
         input_width(old),
         output_width(old),
         rank,
@@ -183,8 +270,10 @@ def factorize(
         dtype=weight.dtype,
     )
     if old.bias is not None:
-        new.up.bias = old.bias
-    if factors is not None:
+        new.set_bias(old.bias)
+    if isinstance(new, PivotedLinear) and factors is not None:
+        new.set_factors(*(factor.to(weight.device) for factor in factors))
+    elif factors is not None:
         up, down = factors
         new.up.weight = nn.Parameter(up.to(weight).contiguous())
         new.down.weight = nn.Parameter(down.to(weight).contiguous())
@@ -208,8 +297,8 @@ def defactorize(model: PreTrainedModel, path: str) -> None:
         raise CompressionError(f"{path} is a {type(old).__name__}, not a low-rank layer: there is nothing to merge")
     _require_float(old.up)
     _require_float(old.down)
-    up, down, bias = old.up.weight, old.down.weight, old.up.bias
-    product = (up.detach().double() @ down.detach().double()).to(up.dtype)
+    up, down, bias = old.up.weight, old.down.weight, old.bias
+    product = old.compose(up.detach().double(), down.detach().double()).to(up.dtype)
     with torch.device("meta"):
         # Only the module's form: a forward of GPT-2 reads other attributes of its layers than one of BERT.
         new: Any = (

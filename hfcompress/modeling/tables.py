@@ -1,18 +1,38 @@
-"""Embedding tables of a live model, made small in place."""
+"""What of a live model is float: embedding tables, made small in place, and the dtype of all the rest."""
 
 from __future__ import annotations
 
 from typing import Any, Literal
 
+import torch
 from transformers import PreTrainedModel
 
 from hfcompress.errors import CompressionError
 from hfcompress.modeling.anatomy import base_model, embedding_paths
+from hfcompress.modeling.layers.packed_linear import PackedLinear
 from hfcompress.modeling.layers.quantized_embedding import Bits, QuantizedEmbedding
 from hfcompress.modeling.layers.tied import LowRankEmbedding, TiedLookup
+from hfcompress.modeling.layers.torchao import TorchAOLinear
 from hfcompress.modeling.ties import is_table, replace_table, scale_of, tied_readers
 
 TableKind = Literal["int8", "int4"]
+
+
+def cast_floats(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Gives the float tensors of a model another dtype in place.
+
+    Scales of what is quantized keep theirs, and so what they mean; so does what no file holds, such as the frequencies
+    of rotary positions.
+    """
+    for module in model.modules():
+        tensors: dict[str, torch.Tensor] = dict(module.named_parameters(recurse=False))
+        stored = {name: each for name, each in module.named_buffers(recurse=False)}
+        if isinstance(module, (PackedLinear, TorchAOLinear, QuantizedEmbedding)):
+            stored = {"weight": module.weight}  # says what is computed in
+        tensors |= {name: each for name, each in stored.items() if name not in module._non_persistent_buffers_set}
+        for tensor in tensors.values():
+            if tensor.is_floating_point():
+                tensor.data = tensor.data.to(dtype)
 
 
 def plan_tables(model: PreTrainedModel, kind: TableKind | None, group_size: int | None) -> dict[str, tuple[Bits, int]]:

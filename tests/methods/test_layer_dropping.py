@@ -9,11 +9,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForSequenceClassification
 
-from hfcompress import LayerDroppingConfig, QuantizationConfig, StructuredPruningConfig, compress
-from hfcompress.errors import CompressionError, ConfigError
+from hfcompress import LayerDroppingConfig, LowRankConfig, QuantizationConfig, StructuredPruningConfig, compress
+from hfcompress.errors import CheckpointError, CompressionError, ConfigError
 from hfcompress.methods.layer_dropping import layer_dropping, least_important, spread
 from hfcompress.methods.registry import Context
+from hfcompress.modeling.anatomy import attention_blocks, feed_forward_blocks
 from hfcompress.modeling.checkpoint import needs_plugin
+from hfcompress.modeling.densify import stock_twin
+from hfcompress.modeling.structure import rebuild
+from hfcompress.modeling.surgery import remove_block
 from tests.tiny_models import inputs_for, make, run
 from tests.workshop import batches, logits, tiny_classifier
 
@@ -107,3 +111,77 @@ def test_several_stacks_must_be_told_apart() -> None:
 def test_bad_fields_are_refused(values: dict) -> None:
     with pytest.raises(ConfigError):
         LayerDroppingConfig(**values)
+
+
+@pytest.mark.parametrize("part", ["attention", "ffn"])
+@pytest.mark.parametrize("family", ["bert", "mpnet", "distilbert"])
+def test_a_removed_block_leaves_its_mean_and_reloads(family: str, part: str, tmp_path: Path) -> None:
+    model = make(family, "SequenceClassification")
+    inputs = inputs_for(family, "SequenceClassification")
+    block = (attention_blocks if part == "attention" else feed_forward_blocks)(model)[-1]
+    given: list[torch.Tensor] = []
+    handle = block.at(block.spec.output).register_forward_hook(lambda module, arguments, output: given.append(output))
+    run(model, inputs)
+    handle.remove()
+    config = LayerDroppingConfig(part=part, which="last")
+    found = layer_dropping(model, config, Context(calibration=[inputs]))
+    assert found["removed"] == [block.name] and found["which"] == "last"
+    mean = given[0][inputs["attention_mask"].bool()].mean(0)
+    assert torch.allclose(block.at(block.spec.output).bias, mean, atol=1e-5)
+    assert block.name not in [each.name for each in (*attention_blocks(model), *feed_forward_blocks(model))]
+    model.save_pretrained(tmp_path / "1")
+    again = type(model).from_pretrained(tmp_path / "1")
+    assert torch.allclose(run(again, inputs)[0], run(model, inputs)[0], atol=1e-5)
+    further = [StructuredPruningConfig(heads=0.3, neurons=0.3), LowRankConfig(keep=0.6), LayerDroppingConfig(part=part)]
+    compress(again, further, calibration=[inputs])
+    again.save_pretrained(tmp_path / "2")
+    assert torch.allclose(run(type(model).from_pretrained(tmp_path / "2"), inputs)[0], run(again, inputs)[0], atol=1e-5)
+
+
+def test_the_block_that_does_nothing_goes_first() -> None:
+    model = make("llama", "SequenceClassification", num_hidden_layers=4)
+    with torch.no_grad():
+        model.model.layers[2].mlp.down_proj.weight.zero_()
+    inputs = inputs_for("llama", "SequenceClassification")
+    before = run(model, inputs)[0]
+    found = layer_dropping(model, LayerDroppingConfig(part="ffn"), Context(calibration=[inputs]))
+    assert found["removed"] == ["layers.2.mlp.gate_proj"] and found["which"] == "importance"
+    assert torch.allclose(run(model, inputs)[0], before, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("family", "part", "drop", "problem"),
+    [
+        ("llama", "attention", 1, "cannot be taken out in this family"),
+        ("albert", "ffn", 0, "run over and over"),
+        ("bert", "attention", 3, "reachable: up to 2"),
+    ],
+)
+def test_blocks_that_cannot_go_are_refused(family: str, part: str, drop: int, problem: str) -> None:
+    model = make(family, "SequenceClassification")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(CompressionError, match=problem):
+        if drop:
+            layer_dropping(model, LayerDroppingConfig(part=part, drop=drop), Context())
+        else:
+            remove_block(feed_forward_blocks(model)[0])
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_blocks_that_were_removed_come_back_in_stock_shapes(tmp_path: Path) -> None:
+    model = make("mpnet", "SequenceClassification")
+    inputs = inputs_for("mpnet", "SequenceClassification")
+    parts = [LayerDroppingConfig(part="attention"), LayerDroppingConfig(part="ffn", which="first")]
+    compress(model, parts, calibration=[inputs])
+    stock_twin(model).save_pretrained(tmp_path)
+    twin = type(model).from_pretrained(tmp_path)
+    assert not needs_plugin(twin)
+    assert torch.allclose(run(twin, inputs)[0], run(model, inputs)[0], atol=1e-5)
+
+
+def test_a_record_that_removes_what_cannot_go_is_refused() -> None:
+    model = make("llama", "SequenceClassification")
+    with pytest.raises(CheckpointError, match=r"structure\.removed"):
+        rebuild(model, {"removed": {"layers.0.self_attn": True}})
+    with pytest.raises(CheckpointError, match="must be true"):
+        rebuild(model, {"removed": {"layers.0.mlp.gate_proj": 1}})

@@ -8,12 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 
 from hfcompress import LowRankConfig, compress
 from hfcompress.errors import CheckpointError, CompressionError, RunFolderError
 from hfcompress.methods.low_rank.streaming import stream_factorize
 from hfcompress.modeling.checkpoint import save
 from hfcompress.modeling.integrity import verify_files
+from hfcompress_cli import app
 from tests.tiny_models import FAMILIES, class_of, inputs_for, make
 
 SHARDS = "20KB"
@@ -163,3 +165,21 @@ def test_memory_stays_below_the_checkpoint(tmp_path: Path) -> None:
     )
     assert total > 300
     assert float(done.stdout) < total / 2
+
+
+def test_one_command_streams_and_takes_the_tokenizer_along(tmp_path: Path) -> None:
+    source = stock("bert", tmp_path / "source")
+    (source / "vocab.txt").write_text("a\nb\n")
+    command = ["factorize", str(source), str(tmp_path / "out"), "--keep", "0.6", "--target", "ffn", "--pivoted"]
+    done = CliRunner().invoke(app, [*command, "--shard-size", SHARDS, "--quiet"])
+    assert (done.exit_code, done.stdout) == (0, f"{tmp_path / 'out'}\n"), done.stderr
+    assert (tmp_path / "out/vocab.txt").read_text() == "a\nb\n"
+    assert verify_files(tmp_path / "out") == []
+    again = class_of("bert", head_of("bert")).from_pretrained(tmp_path / "out")
+    config = LowRankConfig(targets=("ffn",), keep=0.6, method="svd", pivoted=True)
+    model = compress(class_of("bert", head_of("bert")).from_pretrained(source), [config])
+    with torch.no_grad():
+        torch.testing.assert_close(again(**inputs_for("bert"))[0], model(**inputs_for("bert"))[0])
+    wrong = CliRunner().invoke(app, [*command, "--rank", "3"])
+    assert wrong.exit_code == 2
+    assert "exactly one of" in wrong.stderr and "Traceback" not in wrong.stderr

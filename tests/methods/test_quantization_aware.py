@@ -5,17 +5,24 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    DataCollatorWithPadding,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 from hfcompress import QuantizationAwareConfig, QuantizationConfig, StructuredPruningConfig, compress
 from hfcompress.errors import CheckpointError, CompressionError
 from hfcompress.methods.quantization_aware import QuantizationAwarePart
+from hfcompress.methods.trainer import CompressionTrainer
 from hfcompress.modeling.anatomy import linear_layers
 from hfcompress.modeling.densify import densify
 from hfcompress.modeling.layers.packed_linear import PACKED_KINDS, PackedLinear
 from hfcompress.modeling.structure import rebuild
 from tests.tiny_models import inputs_for, make, run
-from tests.workshop import batches, logits, tiny_classifier
+from tests.workshop import batches, logits, sentences, tiny_classifier, tiny_tokenizer
 
 
 def train(model: torch.nn.Module, steps: int = 40) -> list[float]:
@@ -30,18 +37,25 @@ def train(model: torch.nn.Module, steps: int = 40) -> list[float]:
     return losses
 
 
+@pytest.mark.parametrize("scales", ["fitted", "learned"])
 @pytest.mark.parametrize("kind", PACKED_KINDS)
-def test_what_was_trained_is_what_is_packed_and_reloaded(kind: str, tmp_path: Path) -> None:
+def test_what_was_trained_is_what_is_packed_and_reloaded(kind: str, scales: str, tmp_path: Path) -> None:
     model = tiny_classifier()
     names = set(model.state_dict())
-    part = QuantizationAwarePart(QuantizationAwareConfig(weights=kind, embeddings=None))
+    part = QuantizationAwarePart(QuantizationAwareConfig(weights=kind, scales=scales, embeddings=None))
+    part.before_training(model, None)
+    own = set(model.state_dict()) - names
+    assert {name.rpartition(".")[2] for name in own} == ({"step", "step_start"} if scales == "learned" else set())
     part.begin(model, 40, torch.device("cpu"))
-    assert set(model.state_dict()) == names
     losses = train(model)
     assert sum(losses[-4:]) < 0.8 * sum(losses[:4])
     data = batches(1)[0]
     under_rounding = logits(model.eval(), data)
+    if scales == "learned":
+        steps = [value for name, value in model.named_parameters() if name.endswith(".step")]
+        assert len(steps) == 13 and all((step != 1).any() for step in steps)
     found = part.end(model)
+    assert set(model.state_dict()) & own == set()
     assert found == {"linear_layers": {kind: 13}, "embeddings": None}
     torch.testing.assert_close(logits(model, data), under_rounding, rtol=1e-5, atol=1e-6)
     model.save_pretrained(tmp_path)
@@ -123,3 +137,41 @@ def test_head_layers_stay_float() -> None:
     model = compress(tiny_classifier(), [QuantizationAwareConfig(weights="ternary")])
     assert type(model.classifier) is torch.nn.Linear
     assert all(isinstance(module, PackedLinear) for module in linear_layers(model).values())
+
+
+def test_scales_are_learned_in_training_only() -> None:
+    with pytest.raises(CompressionError, match="learned exists only in training"):
+        compress(tiny_classifier(), [QuantizationAwareConfig(scales="learned")])
+
+
+def test_a_resumed_training_with_learned_scales_ends_the_same(tmp_path: Path) -> None:
+    rows = [{**tiny_tokenizer()(row["sentence"]), "labels": row["label"]} for row in sentences(16)]
+
+    def run(folder: Path, stop: int) -> dict[str, torch.Tensor]:
+        model = tiny_classifier()
+        values = {"max_steps": 4, "save_steps": 2, "learning_rate": 1e-3, "use_cpu": True, "report_to": "none"}
+        part = QuantizationAwarePart(QuantizationAwareConfig(weights="ternary", scales="learned", embeddings=None))
+        trainer = CompressionTrainer(
+            model,
+            TrainingArguments(str(folder), **values, disable_tqdm=True),
+            parts=[part],
+            train_dataset=rows,
+            data_collator=DataCollatorWithPadding(tiny_tokenizer()),
+            callbacks=[StopAt(stop)],
+        )
+        trainer.train(resume_from_checkpoint=True)
+        return model.state_dict()
+
+    whole = run(tmp_path / "whole", 4)
+    run(tmp_path / "cut", 2)
+    resumed = run(tmp_path / "cut", 4)
+    assert any(name.endswith(".codes") for name in whole)
+    assert all(torch.equal(tensor, resumed[name]) for name, tensor in whole.items())
+
+
+class StopAt(TrainerCallback):
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        control.should_training_stop = state.global_step >= self.step

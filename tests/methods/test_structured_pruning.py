@@ -1,18 +1,35 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import DataCollatorWithPadding, TrainingArguments
 
-from hfcompress import LowRankConfig, QuantizationConfig, StructuredPruningConfig, compress
+from hfcompress import (
+    DistillationConfig,
+    LowRankConfig,
+    PruningTrainer,
+    QuantizationConfig,
+    StructuredPruningConfig,
+    compress,
+)
 from hfcompress.errors import CompressionError, ConfigError
 from hfcompress.methods.pruning.units import head_units, neuron_units, total_cost
-from hfcompress.methods.structured_pruning import PruningPart, cubic_share, select
+from hfcompress.methods.registry import Context
+from hfcompress.methods.structured_pruning import (
+    GatedPruningPart,
+    PruningPart,
+    cubic_share,
+    select,
+    structured_pruning,
+)
 from hfcompress.modeling.anatomy import attention_blocks, feed_forward_blocks
-from tests.workshop import batches, logits, tiny_classifier
+from hfcompress.modeling.measure import tensor_bytes, weight_bytes
+from tests.workshop import batches, logits, sentences, tiny_classifier, tiny_tokenizer
 
 
 @given(st.floats(0.01, 0.99), st.integers(0, 50), st.integers(51, 200))
@@ -205,6 +222,119 @@ def test_movement_is_how_far_weights_leave_zero() -> None:
     step = 1e-4
     grown = (weight - step * weight.grad).square().sum(0) - weight.square().sum(0)
     torch.testing.assert_close(part._scores["neurons"][0], grown.float() / (2 * step), rtol=1e-2, atol=1e-6)
+
+
+def train_by_hand(model, part: PruningPart, batch: dict[str, torch.Tensor], steps: int, first: int = 1) -> None:
+    """Does the steps `first` to `steps` of a training."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    model.train()
+    for step in range(first, steps + 1):
+        optimizer.zero_grad()
+        outputs = model(**batch)
+        torch.stack([outputs.loss, *part.losses(batch, outputs).values()]).sum().backward()
+        part.before_optimizer_step(step - 1)
+        optimizer.step()
+        part.after_step(step)
+    model.eval()
+
+
+def test_gates_learn_what_to_close_and_meet_the_target() -> None:
+    model, batch = tiny_classifier(), batches(1)[0]
+    neurons = feed_forward_blocks(model)[0].at("output.dense")
+    with torch.no_grad():
+        neurons.weight[:, :48] = 0.0  # half of a layer's neurons do nothing
+    config = StructuredPruningConfig(flops=0.3, importance="l0", begin=0.0, end=0.9)
+    part, before = GatedPruningPart(config), cost(model, "flops")
+    torch.manual_seed(0)
+    part.begin(model, 200, torch.device("cpu"))
+    train_by_hand(model, part, batch, 180)
+    assert part.settled(180) and not part.settled(179)
+    masked = logits(model, batch)
+    findings = part.end(model)
+    torch.testing.assert_close(logits(model, batch), masked, rtol=1e-4, atol=1e-5)
+    assert 0.6 < cost(model, "flops") / before <= 0.7
+    assert findings["expected_removed"][0] == pytest.approx(0.3, abs=0.06)
+    assert findings["neurons"]["encoder.layer.0.intermediate.dense"]["kept"] < 96
+
+
+def test_gates_survive_a_resume() -> None:
+    batch = batches(1)[0]
+    config = StructuredPruningConfig(heads=0.5, neurons=0.5, importance="l0", begin=0.0, end=0.8)
+    ends = []
+    for cut in (20, None):
+        model, part = tiny_classifier(), GatedPruningPart(config)
+        part.begin(model, 50, torch.device("cpu"))
+        torch.manual_seed(0)
+        train_by_hand(model, part, batch, cut or 40)
+        if cut:
+            noise = torch.get_rng_state()
+            again, other = tiny_classifier(), GatedPruningPart(config)
+            again.load_state_dict(model.state_dict())
+            other.begin(again, 50, torch.device("cpu"))
+            other.load_state(part.state())
+            torch.set_rng_state(noise)  # as a Trainer's checkpoint does
+            train_by_hand(again, other, batch, 40, first=cut + 1)
+            model, part = again, other
+        part.end(model)
+        ends.append(logits(model, batch))
+    assert torch.equal(*ends)
+
+
+@pytest.mark.parametrize("importance", ["movement", "l0"])
+def test_what_exists_only_in_training_is_refused_at_once(importance: str) -> None:
+    with pytest.raises(CompressionError, match="only in training"):
+        compress(tiny_classifier(), [StructuredPruningConfig(heads=0.5, importance=importance)])
+
+
+def test_one_run_closes_gates_and_distils_and_reloads(tmp_path: Path) -> None:
+    trainer = PruningTrainer(
+        tiny_classifier(),
+        TrainingArguments(
+            str(tmp_path / "run"),
+            max_steps=30,
+            report_to="none",
+            disable_tqdm=True,
+            use_cpu=True,
+            logging_steps=1,
+            save_strategy="no",
+        ),
+        pruning=StructuredPruningConfig(parameters=0.4, importance="l0", begin=0.0, end=0.7),
+        teacher=tiny_classifier(9),
+        distillation=DistillationConfig(),
+        train_dataset=[{**tiny_tokenizer()(row["sentence"]), "labels": row["label"]} for row in sentences(32)],
+        data_collator=DataCollatorWithPadding(tiny_tokenizer()),
+    )
+    before = cost(trainer.model, "parameters")
+    trainer.train()
+    assert {"loss_labels", "loss_soft", "loss_gates"} <= {name for log in trainer.state.log_history for name in log}
+    assert cost(trainer.model, "parameters") <= 0.6 * before
+    trainer.save_model(str(tmp_path / "saved"))
+    again = type(trainer.model).from_pretrained(tmp_path / "saved")
+    batch = batches(1)[0]
+    assert torch.equal(logits(again, batch), logits(trainer.model.eval(), batch))
+
+
+def test_gates_cannot_count_time() -> None:
+    with pytest.raises(CompressionError, match="cannot work towards a latency target"):
+        GatedPruningPart(StructuredPruningConfig(latency=0.01, latency_tokens=16, importance="l0")).begin(
+            tiny_classifier(), 10, torch.device("cpu")
+        )
+
+
+def test_a_share_of_the_bytes_counts_the_embeddings_too(tmp_path: Path) -> None:
+    model, data = tiny_classifier(), batches(2)
+    before = tensor_bytes(model)
+    model.save_pretrained(tmp_path / "whole")
+    config = StructuredPruningConfig(bytes=0.3)
+    findings = structured_pruning(model, config, Context(calibration=data))
+    model.save_pretrained(tmp_path / "pruned")
+    after = tensor_bytes(model)
+    assert findings["bytes_removed"] == pytest.approx(1 - after / before, abs=2e-3)
+    assert 0.3 <= findings["bytes_removed"] < 0.36
+    # What is counted is what is on disk, but for the headers.
+    assert after == pytest.approx(weight_bytes(tmp_path / "pruned"), rel=0.1)
+    with pytest.raises(CompressionError, match=r"nothing else of the model goes; reachable: up to 0\.\d+"):
+        structured_pruning(tiny_classifier(vocab_size=40000), config, Context())
 
 
 @pytest.mark.parametrize("importance", ["activation", "fisher"])

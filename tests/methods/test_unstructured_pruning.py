@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,13 @@ from hypothesis import strategies as st
 from hfcompress import LowRankConfig, QuantizationConfig, UnstructuredPruningConfig, compress
 from hfcompress.errors import CompressionError, ConfigError
 from hfcompress.methods.registry import Context
-from hfcompress.methods.unstructured_pruning import keep_pattern, keep_share, unstructured_pruning
+from hfcompress.methods.unstructured_pruning import (
+    UnstructuredPruningPart,
+    keep_part_of_pattern,
+    keep_pattern,
+    keep_share,
+    unstructured_pruning,
+)
 from hfcompress.modeling.anatomy import modules_of
 from hfcompress.modeling.checkpoint import needs_plugin
 from tests.tiny_models import inputs_for, make
@@ -76,6 +83,72 @@ def test_both_factors_of_a_low_rank_layer_are_pruned() -> None:
     findings = unstructured_pruning(model, UnstructuredPruningConfig(), Context())
     names = [path.rpartition(".")[2] for path in findings["layers"]]
     assert {"down", "up"} <= set(names) and all(abs(share - 0.5) < 0.02 for share in findings["layers"].values())
+
+
+def train_by_hand(model, part: UnstructuredPruningPart, batch: dict, steps: int, first: int = 1) -> list[float]:
+    """Does the steps `first` to `steps`; returns the share of zeros of one layer after each."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    shares = []
+    for step in range(first, steps + 1):
+        optimizer.zero_grad()
+        model(**batch).loss.backward()
+        part.before_optimizer_step(step - 1)
+        optimizer.step()
+        part.after_step(step)
+        shares.append((model.bert.encoder.layer[0].intermediate.dense.weight == 0).float().mean().item())
+    return shares
+
+
+@pytest.mark.parametrize("values", [{"sparsity": 0.8}, {"sparsity": 0.8, "importance": "movement"}, {"pattern": "2:4"}])
+def test_zeros_only_ever_grow_to_the_target_and_survive_a_resume(values: dict) -> None:
+    config = UnstructuredPruningConfig(begin=0.1, end=0.7, interval=2, **values)
+    model, batch = tiny_classifier(), batches(1)[0]
+    part = UnstructuredPruningPart(config)
+    part.begin(model, 20, torch.device("cpu"))
+    shares = train_by_hand(model, part, batch, 10)
+    other_model, other = tiny_classifier(), UnstructuredPruningPart(config)
+    other_model.load_state_dict(model.state_dict())
+    other.begin(other_model, 20, torch.device("cpu"))
+    other.load_state(part.state())
+    shares += train_by_hand(other_model, other, batch, 20, first=11)
+    assert all(before <= after for before, after in pairwise(shares))
+    wanted = values.get("sparsity", 0.5)
+    assert shares[0] == 0.0 and 0 < shares[5] < wanted and shares[13] == pytest.approx(wanted, abs=1e-3)
+    assert shares[13:] == [shares[13]] * 7
+    assert other.settled(14) and not other.settled(13)
+    findings = other.end(other_model)
+    assert findings["sparsity"] == pytest.approx(wanted, abs=1e-3) and "neither faster" in findings["speed"]
+
+
+def test_movement_keeps_what_moves_away_from_zero() -> None:
+    model, batch = tiny_classifier(), batches(1)[0]
+    config = UnstructuredPruningConfig(importance="movement", targets=("ffn_input",), begin=0.0, end=0.1, interval=1)
+    part = UnstructuredPruningPart(config)
+    part.begin(model, 10, torch.device("cpu"))
+    weight = model.bert.encoder.layer[0].intermediate.dense.weight
+    model(**batch).loss.backward()
+    moving = -(weight * weight.grad).detach()
+    part.before_optimizer_step(0)
+    part.after_step(1)
+    gone = weight == 0
+    assert moving[gone].max() <= moving[~gone].min()
+
+
+def test_a_part_of_the_groups_that_lose_least_gets_the_pattern() -> None:
+    scores = torch.tensor([[9.0, 8.0, 7.0, 6.0, 4.0, 3.0, 0.1, 0.2]])
+    kept = keep_part_of_pattern(scores, 2, 4, 0.5)
+    assert kept.tolist() == [[True] * 4 + [True, True, False, False]]
+    assert torch.equal(keep_part_of_pattern(scores, 2, 4, 1.0), keep_pattern(scores, 2, 4))
+    assert keep_part_of_pattern(scores, 2, 4, 0.0).all()
+
+
+def test_what_exists_only_at_once_or_in_training_is_refused_in_the_other() -> None:
+    with pytest.raises(CompressionError, match="only without training"):
+        UnstructuredPruningPart(UnstructuredPruningConfig(importance="wanda"))
+    with pytest.raises(CompressionError, match="only in training"):
+        compress(tiny_classifier(), [UnstructuredPruningConfig(importance="movement")])
+    with pytest.raises(ConfigError, match="before end"):
+        UnstructuredPruningConfig(begin=0.7, end=0.2)
 
 
 def test_what_cannot_be_pruned_is_refused() -> None:

@@ -79,3 +79,21 @@ def test_is_a_quarter_of_the_size_and_refuses_a_stock_table() -> None:
     assert module.weight.shape == (1,)  # so that a stock embedding refuses the file
     with pytest.raises(RuntimeError, match="size mismatch for weight"):
         nn.Embedding(1000, 64).load_state_dict(module.state_dict(), strict=False)
+
+
+def test_a_change_of_dtype_and_back_leaves_every_scale_as_it_was() -> None:
+    from hfcompress import LowRankConfig, QuantizationConfig, compress
+    from hfcompress.modeling.tables import cast_floats
+    from tests.workshop import batches, logits, tiny_classifier
+
+    steps = [LowRankConfig(targets=["ffn_input"], rank=8), QuantizationConfig(weights="packed-4", embeddings="int4")]
+    model = compress(tiny_classifier().to(torch.bfloat16), steps)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    cast_floats(model, torch.float32)
+    assert model.dtype == torch.float32
+    assert logits(model, batches(1)[0]).dtype == torch.float32  # no layer is left behind
+    now = model.state_dict()
+    assert all(torch.equal(now[name], before[name]) for name in now if name.endswith(("scales", "codes")))
+    cast_floats(model, torch.bfloat16)
+    after = model.state_dict()
+    assert all(after[name].dtype == each.dtype and torch.equal(after[name], each) for name, each in before.items())

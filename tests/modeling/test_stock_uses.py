@@ -6,9 +6,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification, pipeline
+from transformers import (
+    AutoModel,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    pipeline,
+)
 
 from hfcompress import LowRankConfig, QuantizationConfig, StructuredPruningConfig, compress
+from hfcompress.modeling.checkpoint import needs_plugin
+from hfcompress.modeling.layers.bitsandbytes import settle_all
 from tests.workshop import batches, logits, tiny_classifier, tiny_tokenizer
 
 
@@ -64,3 +72,18 @@ def test_half_precision_and_back(folder: Path) -> None:
     model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.bfloat16)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
     assert torch.isfinite(logits(model.float(), batches(1)[0])).all()
+
+
+@pytest.mark.parametrize("weights", ["int8", "nf4"])
+@pytest.mark.parametrize("auto", [AutoModel, AutoModelForTokenClassification, AutoModelForQuestionAnswering])
+def test_another_head_goes_on_an_ordinary_bitsandbytes_file(auto: type, weights: str, tmp_path: Path) -> None:
+    batch = {name: tensor for name, tensor in batches(1)[0].items() if name != "labels"}
+    model = compress(tiny_classifier(intermediate_size=128), [QuantizationConfig(weights=weights, embeddings=None)])
+    model.save_pretrained(tmp_path)
+    assert not needs_plugin(model)  # its file is one of bitsandbytes, and no code of ours sees it load
+    loaded = auto.from_pretrained(tmp_path).eval()
+    settle_all(loaded)
+    with torch.no_grad():
+        assert loaded(**batch)[0].isfinite().all()
+        wanted, found = (getattr(each, "bert", each)(**batch)[0] for each in (model, loaded))
+    assert torch.equal(wanted, found)

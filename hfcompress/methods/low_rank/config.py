@@ -24,9 +24,17 @@ class LowRankConfig(Config):
             target keeps.
         budget: Share of the parameters that all targets together keep; above 0.2, the lowest share of one layer.
             Ranks go where they lower the loss most, measured layer by layer on calibration data.
+        budget_of: What `budget` is a share of: the targets' `parameters`, their `bytes`, or the `flops` or the time
+            (`latency`, measured on this machine) that they take on a calibration batch.
         method: `whitened` minimises the error of the layer's outputs on the calibration data, `svd` that of its
             weights, `fisher` that of its weights by what the loss says of each input (needs labels), `nmf`
             uses non-negative matrices; `auto` is `whitened` where there is calibration data, else `svd`.
+        weigh_outputs: Errors of a layer's outputs count by what the model's predictions say of each direction of them
+            (K-FAC: Martens and Grosse 2015). With `whitened` only; takes a backward pass over the calibration data,
+            which needs no labels.
+        pivoted: Factors say `rank` of the outputs by the inputs, and the other outputs by those, which takes
+            `rank * rank` numbers less for the same product (PIFA: Zhao et al. 2025). A budget or share then leaves
+            ranks that are much higher.
         sequential: Each layer is fitted to give the original's outputs from the inputs that the factorised layers
             before it produce. With `whitened` only; takes longer, and the memory of a second model.
         refit: The second factor is fitted again to the layer's outputs on the calibration data. The result of
@@ -37,8 +45,9 @@ class LowRankConfig(Config):
             is tied to the table reads the factors, and with `whitened` and calibration data they are fitted to its
             scores; else they are those of plain singular values, which costs a language model far more. The table
             is no part of `targets`, `rank`, `energy` or a budget.
-        sensitivity: What `budget` goes by: how far the model's `outputs` move, or the rise of the `loss` on labels,
-            which is noisier: a model that knows its training texts hardly loses on them.
+        sensitivity: What `budget` goes by: how far the model's `outputs` move, the rise of the `loss` on labels,
+            which is noisier (a model that knows its training texts hardly loses on them), or `curvature`: the rise
+            in second order, which `weigh_outputs` knows at every rank of every layer without measuring any.
         sensitivity_batches: How many calibration batches `budget` measures on.
         multiple_of: Ranks (but not `rank`) are rounded to a multiple of this, which kernels and 4-bit blocks like:
             down, and with `energy` up.
@@ -49,12 +58,15 @@ class LowRankConfig(Config):
     rank: int | None = Field(None, ge=1)
     energy: float | None = Field(None, gt=0, lt=1)
     budget: float | None = Field(None, gt=0.2, lt=1)
+    budget_of: Literal["parameters", "bytes", "flops", "latency"] = "parameters"
     method: Literal["auto", "whitened", "svd", "fisher", "nmf"] = "auto"
+    weigh_outputs: bool = False
+    pivoted: bool = False
     sequential: bool = False
     refit: bool = False
     correct_bias: bool = False
     embeddings: float | None = Field(None, gt=0, lt=1)
-    sensitivity: Literal["outputs", "loss"] = "outputs"
+    sensitivity: Literal["outputs", "loss", "curvature"] = "outputs"
     sensitivity_batches: int = Field(2, ge=1)
     multiple_of: int = Field(8, ge=1, le=256)
 
@@ -73,6 +85,11 @@ class LowRankConfig(Config):
             raise ValueError(f"exactly one of {', '.join(_SIZES)} must be given, not {said}")
         if not self.targets and self.embeddings is None:
             raise ValueError("targets must name a role where embeddings is not given")
-        if self.sequential and self.method not in ("auto", "whitened"):
-            raise ValueError(f"sequential goes with the method whitened, not {self.method}")
+        for name in ("sequential", "weigh_outputs"):
+            if getattr(self, name) and self.method not in ("auto", "whitened"):
+                raise ValueError(f"{name} goes with the method whitened, not {self.method}")
+        if self.budget_of != "parameters" and self.budget is None:
+            raise ValueError(f"budget_of {self.budget_of} needs a budget")
+        if self.sensitivity == "curvature" and not self.weigh_outputs:
+            raise ValueError("sensitivity curvature needs weigh_outputs: true")
         return self

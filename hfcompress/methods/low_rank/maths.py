@@ -15,20 +15,30 @@ _RETARGET_RIDGE = 0.01
 _REFIT_RIDGE = 1e-6
 # Below this share of the largest, a squared singular value that a Gram matrix gives is not trusted.
 _GRAM_DIGITS = 1e-7
+# The part of their mean that is added to what the loss says of each direction of the outputs.
+_CURVATURE_RIDGE = 0.01
 
 
-def truncate(weight: torch.Tensor, rank: int, second_moment: torch.Tensor | None = None) -> Factors:
+def truncate(
+    weight: torch.Tensor,
+    rank: int,
+    second_moment: torch.Tensor | None = None,
+    curvature: torch.Tensor | None = None,
+) -> Factors:
     """Finds the best product of two thin matrices, by singular value decomposition.
 
     With second moments of the inputs the product minimises `E |(W - up @ down) x|²`, the true error of the
     layer's outputs (Chen et al. 2021, DRONE; Wang et al. 2024, SVD-LLM: the closed form by whitening). With a
     diagonal matrix it minimises the squares of `W - up @ down` weighted by column, which is what Fisher-weighted
-    factorization asks for (Hsu et al. 2022, FWSVD).
+    factorization asks for (Hsu et al. 2022, FWSVD). With the curvature of the loss as well it minimises
+    `tr(C (W - up @ down) S (W - up @ down)ᵀ)`, which is twice what the loss rises by in second order (Martens and
+    Grosse 2015, K-FAC; Chekalina et al. 2025, GFWSVD).
 
     Args:
         weight: `(out, in)`, finite.
         rank: At least 1; clipped to `min(out, in)`.
-        second_moment: `(in, in)`, symmetric positive semi-definite; None for the identity.
+        second_moment: S, `(in, in)`, symmetric positive semi-definite; None for the identity.
+        curvature: C, `(out, out)`, symmetric positive semi-definite; None for the identity.
 
     Returns:
         `up` `(out, rank)` and `down` `(rank, in)`, float32. Each component has the same norm in both, so that
@@ -37,13 +47,18 @@ def truncate(weight: torch.Tensor, rank: int, second_moment: torch.Tensor | None
     Raises:
         CompressionError: The weight or the moments are not finite.
     """
-    require_finite(weight, second_moment)
+    require_finite(weight, second_moment, curvature)
     # W R = U s Vᵀ for any R with R Rᵀ = S, so the best product is U_r U_rᵀ W: no inverse is ever needed.
-    up = _left_vectors(_whitened(weight, second_moment), rank)
-    return balance(up, up.T @ weight.double())
+    left = None if curvature is None else _left_root(curvature)
+    seen = weight.double() if left is None else left @ weight.double()
+    up = _left_vectors(seen, second_moment, rank)
+    down = up.T @ seen
+    return balance(up if left is None else torch.linalg.solve_triangular(left, up, upper=True), down)
 
 
-def energies(weight: torch.Tensor, second_moment: torch.Tensor | None = None) -> torch.Tensor:
+def energies(
+    weight: torch.Tensor, second_moment: torch.Tensor | None = None, curvature: torch.Tensor | None = None
+) -> torch.Tensor:
     """Returns the squared singular values of the whitened matrix, float64 and descending.
 
     The sum of those beyond a rank is the error of `truncate` at that rank. They are exact to some 1e-13 of the
@@ -52,30 +67,39 @@ def energies(weight: torch.Tensor, second_moment: torch.Tensor | None = None) ->
     Raises:
         CompressionError: The weight or the moments are not finite.
     """
-    require_finite(weight, second_moment)
-    matrix = _whitened(weight, second_moment)
-    return torch.linalg.eigvalsh(_gram(matrix)).flip(0).clamp_min(0)
+    require_finite(weight, second_moment, curvature)
+    if curvature is not None and not curvature.any():
+        return torch.zeros(min(weight.shape), dtype=torch.float64, device=weight.device)
+    seen = weight.double() if curvature is None else _left_root(curvature) @ weight.double()
+    if seen.shape[0] <= seen.shape[1]:
+        gram = _wide_gram(seen, second_moment)
+    else:
+        matrix = _whitened(seen, second_moment)
+        gram = matrix.T @ matrix
+    return torch.linalg.eigvalsh(gram).flip(0).clamp_min(0)
 
 
-def _left_vectors(matrix: torch.Tensor, rank: int) -> torch.Tensor:
-    """Returns the first `rank` left singular vectors of a float64 matrix, `(out, rank)`.
+def _left_vectors(weight: torch.Tensor, second_moment: torch.Tensor | None, rank: int) -> torch.Tensor:
+    """Returns the first `rank` left singular vectors of a whitened matrix, float64 `(out, rank)`.
 
     Eigenvectors of the smaller Gram matrix are these, two to six times sooner than by a singular value
     decomposition, but squaring halves the digits: where what is cut off is no more than rounding, or a vector that
     is kept is, the decomposition itself is taken.
     """
-    squares, vectors = torch.linalg.eigh(_gram(matrix))
+    wide = weight.shape[0] <= weight.shape[1]
+    matrix = None if wide else _whitened(weight, second_moment)
+    squares, vectors = torch.linalg.eigh(_wide_gram(weight, second_moment) if matrix is None else matrix.T @ matrix)
     squares, vectors = squares.flip(0), vectors.flip(1)[:, :rank]
     tail = squares[rank:].clamp_min(0).sum()
     if tail <= _GRAM_DIGITS * squares[0] or squares[:rank][-1] <= _GRAM_DIGITS * squares[0] / len(squares):
-        return torch.linalg.svd(matrix, full_matrices=False).U[:, :rank]
-    wide = matrix.shape[0] <= matrix.shape[1]
-    return vectors if wide else matrix @ (vectors / squares[:rank].sqrt())
+        whitened = _whitened(weight, second_moment) if matrix is None else matrix
+        return torch.linalg.svd(whitened, full_matrices=False).U[:, :rank]
+    return vectors if matrix is None else matrix @ (vectors / squares[:rank].sqrt())
 
 
-def _gram(matrix: torch.Tensor) -> torch.Tensor:
-    """Returns the matrix times its transpose, in the order that gives the smaller product."""
-    return matrix @ matrix.T if matrix.shape[0] <= matrix.shape[1] else matrix.T @ matrix
+def _wide_gram(weight: torch.Tensor, second_moment: torch.Tensor | None) -> torch.Tensor:
+    """Returns the whitened matrix times its transpose, `(out, out)`, without a root of the moments: `W S Wᵀ`."""
+    return (weight if second_moment is None else weight @ second_moment.double()) @ weight.T
 
 
 def _whitened(weight: torch.Tensor, second_moment: torch.Tensor | None) -> torch.Tensor:
@@ -91,6 +115,16 @@ def _root(moment: torch.Tensor) -> torch.Tensor:
     return directions * squares.clamp_min(0).sqrt()
 
 
+def _left_root(curvature: torch.Tensor) -> torch.Tensor:
+    """Returns an invertible upper triangular L with `Lᵀ L` equal to the curvature and a part of its mean."""
+    matrix = curvature.double()
+    level = _CURVATURE_RIDGE * matrix.diagonal().mean()
+    identity = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
+    if level <= torch.finfo(torch.float64).tiny:
+        return identity
+    return torch.linalg.cholesky(matrix + level * identity, upper=True)
+
+
 def balance(up: torch.Tensor, down: torch.Tensor) -> Factors:
     """Gives each component the same norm in both factors, in float32; a component of norm 0 becomes 0 in both."""
     above, below = up.norm(dim=0), down.norm(dim=1)
@@ -99,13 +133,15 @@ def balance(up: torch.Tensor, down: torch.Tensor) -> Factors:
     return (up * share).float(), (down / torch.where(both, share, 1).unsqueeze(1) * both.unsqueeze(1)).float()
 
 
-def require_finite(weight: torch.Tensor, second_moment: torch.Tensor | None = None) -> None:
+def require_finite(
+    weight: torch.Tensor, second_moment: torch.Tensor | None = None, curvature: torch.Tensor | None = None
+) -> None:
     """Refuses numbers that no decomposition can take.
 
     Raises:
         CompressionError: Says which matrix holds them.
     """
-    for name, matrix in (("weight", weight), ("second moment", second_moment)):
+    for name, matrix in (("weight", weight), ("second moment", second_moment), ("curvature", curvature)):
         if matrix is not None and not torch.isfinite(matrix).all():
             raise CompressionError(f"the {name} holds values that are not finite")
 

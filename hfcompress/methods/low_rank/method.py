@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -15,6 +15,8 @@ from transformers.pytorch_utils import Conv1D
 from hfcompress.errors import CompressionError
 from hfcompress.methods.low_rank import maths
 from hfcompress.methods.low_rank.config import LowRankConfig
+from hfcompress.methods.low_rank.costs import costs_of
+from hfcompress.methods.low_rank.curvature import output_curvature
 from hfcompress.methods.low_rank.embeddings import factorize_table, score_moment, token_table
 from hfcompress.methods.low_rank.ranks import Curve, allocate, is_smaller, rank_for, rank_of_energy
 from hfcompress.methods.low_rank.sensitivity import Probe, measure
@@ -45,11 +47,13 @@ class Knowledge:
         method: One of `svd`, `whitened`, `fisher`, `nmf`.
         inputs: Statistics by layer, where something is fitted to outputs.
         fisher: Fisher information by layer and input.
+        curvature: That of the loss by layer's outputs, `(out, out)`, where their errors are weighed.
     """
 
     method: str
     inputs: Mapping[str, InputStatistics] = field(default_factory=dict)
     fisher: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    curvature: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     def weighting(self, path: str) -> torch.Tensor | None:
         """Returns the matrix by which the method weighs the error of a layer; None for the identity."""
@@ -77,6 +81,7 @@ def fit(
     method: str,
     *,
     weighting: torch.Tensor | None = None,
+    curvature: torch.Tensor | None = None,
     inputs: InputStatistics | None = None,
     refit: bool = False,
     shift: bool = False,
@@ -88,6 +93,7 @@ def fit(
         rank: At least 1.
         method: `nmf`, or any other for singular values.
         weighting: `(in, in)`, by which the error is weighed; None for the identity.
+        curvature: `(out, out)`, by which the error of the outputs is weighed; None for the identity.
         inputs: Statistics of what enters the layer.
         refit: Fit `up` again to the outputs.
         shift: Find out what a bias should take over.
@@ -102,7 +108,7 @@ def fit(
         weighting = known.second_moment
         if known.cross_moment is not None:
             aim = maths.retarget(weight, known.second_moment, known.cross_moment)
-    factors = maths.nonnegative(weight, rank) if method == "nmf" else maths.truncate(aim, rank, weighting)
+    factors = maths.nonnegative(weight, rank) if method == "nmf" else maths.truncate(aim, rank, weighting, curvature)
     if refit and known is not None:
         factors = maths.refit(aim, *factors, known.second_moment)
     if not shift or inputs is None:
@@ -113,13 +119,16 @@ def fit(
     return Fitted(factors=factors, shift=(weight.double() @ original - up @ (down @ mean)).float())
 
 
-def low_rank(model: PreTrainedModel, config: LowRankConfig, context: Context) -> dict[str, Any]:
+def low_rank(
+    model: PreTrainedModel, config: LowRankConfig, context: Context, *, knowledge: Knowledge | None = None
+) -> dict[str, Any]:
     """Factorises a model's layers in place; one that would not get smaller is left whole.
 
     Args:
         model: A float model of a supported family.
         config: What to factorise, and how far.
         context: Calibration data for all but plain `svd` and `nmf`.
+        knowledge: What `learn` read off this model for the same method, where several models are made from it.
 
     Returns:
         The method used, the ranks by layer, the layers left whole, and with a budget what was measured.
@@ -135,11 +144,12 @@ def low_rank(model: PreTrainedModel, config: LowRankConfig, context: Context) ->
     method = config.method
     if method == "auto":
         method = "whitened" if context.calibration or config.sequential else "svd"
-    knowledge = _learn(model, list(layers), config, method, context.calibration)
+    if knowledge is None:
+        knowledge = learn(model, list(layers), config, method, context.calibration)
     ranks, measured = choose_ranks(model, layers, config, knowledge, context.calibration)
     plan = {path: rank for path, rank in ranks.items() if rank is not None}
     if config.sequential:
-        _one_after_another(model, plan, config, context.calibration)
+        _one_after_another(model, plan, config, knowledge, context.calibration)
     else:
         for path, rank in plan.items():
             factorize_layer(model, path, rank, config, knowledge)
@@ -178,9 +188,15 @@ def _matrix(model: PreTrainedModel, path: str) -> torch.Tensor:
     return weight.T if isinstance(module, Conv1D) else weight
 
 
-def _learn(
+def learn(
     model: PreTrainedModel, paths: Sequence[str], config: LowRankConfig, method: str, batches: Sequence[Batch]
 ) -> Knowledge:
+    """Reads off the model what the factors of its layers are to be fitted to.
+
+    Raises:
+        CompressionError: A weight or what the calibration data give is not finite (the layer is named), or the method
+            needs data and there is none.
+    """
     for path in paths:
         with _named(path):
             maths.require_finite(_matrix(model, path))
@@ -191,6 +207,7 @@ def _learn(
         method=method,
         inputs=input_statistics(model, paths, batches) if reads_inputs and paths else {},
         fisher=input_fisher(model, paths, batches) if method == "fisher" and paths else {},
+        curvature=output_curvature(model, paths, batches) if config.weigh_outputs and paths else {},
     )
 
 
@@ -208,11 +225,11 @@ def choose_ranks(
     for path, (outputs, inputs) in layers.items():
         if config.energy is not None:
             with _named(path):
-                energies = maths.energies(_matrix(model, path), knowledge.weighting(path))
+                energies = _energies(model, path, knowledge)
             rank = rank_of_energy(energies, config.energy, config.multiple_of)
         else:
             rank = fixed_rank(outputs, inputs, config)
-        ranks[path] = rank if is_smaller(outputs, inputs, rank) else None
+        ranks[path] = rank if is_smaller(outputs, inputs, rank, config.pivoted) else None
     return ranks, {}
 
 
@@ -221,7 +238,11 @@ def fixed_rank(outputs: int, inputs: int, config: LowRankConfig) -> int:
     if config.rank is not None:
         return config.rank
     assert config.keep is not None
-    return rank_for(outputs, inputs, config.keep, config.multiple_of)
+    return rank_for(outputs, inputs, config.keep, config.multiple_of, config.pivoted)
+
+
+def _energies(model: PreTrainedModel, path: str, knowledge: Knowledge) -> torch.Tensor:
+    return maths.energies(_matrix(model, path), knowledge.weighting(path), knowledge.curvature.get(path))
 
 
 def _budgeted(
@@ -239,11 +260,31 @@ def _budgeted(
         )
     if config.sensitivity == "loss" and "labels" not in batches[0]:
         raise CompressionError("sensitivity 'loss' needs calibration batches with labels", hint="Choose 'outputs'.")
+    measured = {} if config.sensitivity == "curvature" else _measured(model, layers, config, knowledge, batches)
+    curves = {
+        path: Curve(*layers[path], _energies(model, path, knowledge), measured.get(path, {}), config.pivoted)
+        for path in layers
+    }
+    costs = None
+    if config.budget_of != "parameters":
+        costs = costs_of(model, layers, config.budget_of, batches[0], pivoted=config.pivoted)
+    return allocate(curves, config.budget, config.multiple_of, costs), measured
+
+
+def _measured(
+    model: PreTrainedModel,
+    layers: Mapping[str, tuple[int, int]],
+    config: LowRankConfig,
+    knowledge: Knowledge,
+    batches: Sequence[Batch],
+) -> dict[str, dict[int, float]]:
+    """Returns, by layer and rank, how much worse the model is with that layer alone factorised."""
+    assert config.sensitivity != "curvature"
     probe = Probe(model, batches[: config.sensitivity_batches], config.sensitivity)
 
     def products(path: str) -> Callable[[], dict[int, torch.Tensor]]:
         def make() -> dict[int, torch.Tensor]:
-            ranks = {rank_for(*layers[path], keep, config.multiple_of) for keep in _MEASURED_AT}
+            ranks = {rank_for(*layers[path], keep, config.multiple_of, config.pivoted) for keep in _MEASURED_AT}
             made: dict[int, torch.Tensor] = {}
             for rank in sorted(ranks, reverse=True):
                 up, down = _fitted(model, path, rank, config, knowledge).factors
@@ -252,12 +293,7 @@ def _budgeted(
 
         return make
 
-    measured = measure(model, {path: products(path) for path in layers}, probe)
-    curves = {
-        path: Curve(*layers[path], maths.energies(_matrix(model, path), knowledge.weighting(path)), measured[path])
-        for path in layers
-    }
-    return allocate(curves, config.budget, config.multiple_of), measured
+    return measure(model, {path: products(path) for path in layers}, probe)
 
 
 def _fitted(model: PreTrainedModel, path: str, rank: int, config: LowRankConfig, knowledge: Knowledge) -> Fitted:
@@ -268,6 +304,7 @@ def _fitted(model: PreTrainedModel, path: str, rank: int, config: LowRankConfig,
             rank,
             knowledge.method,
             weighting=knowledge.weighting(path),
+            curvature=knowledge.curvature.get(path),
             inputs=knowledge.inputs.get(path),
             refit=config.refit,
             shift=config.correct_bias and has_bias,
@@ -296,15 +333,19 @@ def factorize_layer(model: PreTrainedModel, path: str, rank: int, config: LowRan
     """
     fitted = _fitted(model, path, rank, config, knowledge)
     up, _ = fitted.factors
-    surgery.factorize(model, path, up.shape[1], fitted.factors)
+    surgery.factorize(model, path, up.shape[1], fitted.factors, pivoted=config.pivoted)
+    made: Any = base_model(model).get_submodule(path)
     if fitted.shift is not None:
-        made: Any = base_model(model).get_submodule(path)
-        bias = made.up.bias
-        made.up.bias = nn.Parameter(bias.detach() + fitted.shift.to(bias), requires_grad=bias.requires_grad)
+        bias = made.bias
+        made.set_bias(nn.Parameter(bias.detach() + fitted.shift.to(bias), requires_grad=bias.requires_grad))
 
 
 def _one_after_another(
-    model: PreTrainedModel, plan: Mapping[str, int], config: LowRankConfig, batches: Sequence[Batch]
+    model: PreTrainedModel,
+    plan: Mapping[str, int],
+    config: LowRankConfig,
+    known: Knowledge,
+    batches: Sequence[Batch],
 ) -> None:
     """Factorises layers in the order in which they run, each against what reaches it by then."""
     if not plan:
@@ -319,7 +360,7 @@ def _one_after_another(
     try:
         for number, group in enumerate(groups):
             statistics = paired_statistics(changed, reference, group[0])
-            knowledge = Knowledge(method="whitened", inputs=dict.fromkeys(group, statistics))
+            knowledge = replace(known, inputs=dict.fromkeys(group, statistics))
             for path in group:
                 factorize_layer(model, path, plan[path], config, knowledge)
             here = changed.layer_of(group[0])

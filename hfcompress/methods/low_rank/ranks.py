@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
 
@@ -11,15 +12,28 @@ import torch
 
 from hfcompress.errors import CompressionError
 
+# What a layer costs at a rank, or whole where that is None.
+Cost = Callable[[int | None], float]
 
-def is_smaller(out_features: int, in_features: int, rank: int) -> bool:
+# The lowest share of its parameters that a budget may leave a layer.
+LEAST = 0.2
+
+
+def size_of(out_features: int, in_features: int, rank: int, pivoted: bool = False) -> int:
+    """Returns how many numbers two factors hold; pivoted, they need `rank * rank` less."""
+    return rank * (out_features + in_features) - (rank * rank if pivoted else 0)
+
+
+def is_smaller(out_features: int, in_features: int, rank: int, pivoted: bool = False) -> bool:
     """Tells whether two factors hold fewer numbers than the matrix."""
-    return rank * (out_features + in_features) < out_features * in_features
+    fits = rank < min(out_features, in_features) or not pivoted
+    return fits and size_of(out_features, in_features, rank, pivoted) < out_features * in_features
 
 
-def rank_for(out_features: int, in_features: int, keep: float, multiple_of: int) -> int:
+def rank_for(out_features: int, in_features: int, keep: float, multiple_of: int, pivoted: bool = False) -> int:
     """Returns the rank at which the factors hold at most `keep` of the matrix's numbers (at least 1)."""
-    exact = int(keep * out_features * in_features / (out_features + in_features))
+    wanted, width = keep * out_features * in_features, out_features + in_features
+    exact = int((width - math.sqrt(width * width - 4 * wanted)) / 2 if pivoted else wanted / width)
     return max(exact // multiple_of * multiple_of, min(exact, multiple_of), 1)
 
 
@@ -44,13 +58,16 @@ class Curve:
         out_features: Width of the outputs.
         in_features: Width of the inputs.
         energies: Squared singular values of the (whitened) matrix, descending.
-        measured: Ranks and the rise of the model's loss with this layer alone factorised at each.
+        measured: Ranks and the rise of the model's loss with this layer alone factorised at each; where there are
+            none the energies themselves are twice that rise.
+        pivoted: Whether the factors are pivoted.
     """
 
     out_features: int
     in_features: int
     energies: torch.Tensor
-    measured: Mapping[int, float]
+    measured: Mapping[int, float] = field(default_factory=dict)
+    pivoted: bool = False
 
     def loss(self, rank: int) -> float:
         """Returns the rise of the loss at a rank: measured, or read between two measured ranks.
@@ -58,6 +75,8 @@ class Curve:
         In between it goes with the discarded energy, which is known at every rank.
         """
         tail = self._tail
+        if not self.measured:
+            return tail[rank] * float(self.energies.sum()) / 2
         points = [(0.0, 0.0)]
         for at in sorted(self.measured, reverse=True):
             # A rise that is negative, or smaller than at a higher rank, is noise.
@@ -74,27 +93,46 @@ class Curve:
         left = (total - torch.cat((torch.zeros_like(total)[None], self.energies.cumsum(0)))) / total
         return left.clamp_min(0).tolist()
 
-    def options(self, multiple_of: int) -> list[tuple[int, float, int | None]]:
-        """Returns parameters, loss and rank of every choice, ascending; the last one leaves the layer whole.
+    def options(self, multiple_of: int, cost: Cost | None = None) -> list[tuple[float, float, int | None]]:
+        """Returns cost, loss and rank of every choice, ascending; the last one leaves the layer whole.
 
-        None is below the lowest rank that was measured: there the loss rises faster than any line.
+        None is below the lowest rank that was measured: there the loss rises faster than any line. A rank that costs
+        no less than a higher one, or than the whole layer, is no choice.
+
+        Args:
+            multiple_of: What ranks are multiples of, from the lowest on.
+            cost: What is counted; parameters where it is None.
         """
-        width, whole = self.out_features + self.in_features, self.out_features * self.in_features
-        ranks = [rank for rank in range(min(self.measured), len(self.energies), multiple_of) if rank * width < whole]
-        return [*((rank * width, self.loss(rank), rank) for rank in ranks), (whole, 0.0, None)]
+        if cost is None:
+            cost = self._parameters
+        shape = self.out_features, self.in_features
+        lowest = min(self.measured, default=rank_for(*shape, LEAST, multiple_of, self.pivoted))
+        ranks = range(lowest, len(self.energies), multiple_of)
+        choices: list[tuple[float, float, int | None]] = [(cost(None), 0.0, None)]
+        for rank in reversed(ranks):
+            if is_smaller(*shape, rank, self.pivoted) and cost(rank) < choices[-1][0]:
+                choices.append((cost(rank), self.loss(rank), rank))
+        return choices[::-1]
+
+    def _parameters(self, rank: int | None) -> int:
+        shape = self.out_features, self.in_features
+        return shape[0] * shape[1] if rank is None else size_of(*shape, rank, self.pivoted)
 
 
-def allocate(curves: Mapping[str, Curve], budget: float, multiple_of: int) -> dict[str, int | None]:
-    """Shares one budget of parameters among layers so that the sum of their losses is least.
+def allocate(
+    curves: Mapping[str, Curve], budget: float, multiple_of: int, costs: Mapping[str, Cost] | None = None
+) -> dict[str, int | None]:
+    """Shares one budget among layers so that the sum of their losses is least.
 
-    Every layer starts at the lowest rank that was measured; what is left goes, piece by piece, where a parameter
-    lowers the loss most. Pieces are edges of each layer's lower convex hull, so that up to the last piece no other
+    Every layer starts at the lowest rank that was measured; what is left goes, piece by piece, where a unit of
+    cost lowers the loss most. Pieces are edges of each layer's lower convex hull, so that up to the last piece no other
     choice of that size has a smaller sum.
 
     Args:
         curves: The layers.
-        budget: Share of all their parameters that may be kept.
+        budget: Share of what they all cost that may be kept.
         multiple_of: What ranks are multiples of.
+        costs: What each costs; parameters where it is None.
 
     Returns:
         Each layer's rank, None for one that stays whole.
@@ -102,13 +140,14 @@ def allocate(curves: Mapping[str, Curve], budget: float, multiple_of: int) -> di
     Raises:
         CompressionError: Not even those fit.
     """
-    options = {path: curve.options(multiple_of) for path, curve in curves.items()}
-    left = budget * sum(choices[-1][0] for choices in options.values()) - sum(
-        choices[0][0] for choices in options.values()
-    )
+    costs = costs or {}
+    options = {path: curve.options(multiple_of, costs.get(path)) for path, curve in curves.items()}
+    whole, least = (sum(choices[at][0] for choices in options.values()) for at in (-1, 0))
+    left = budget * whole - least
     if left < 0:
         raise CompressionError(
-            f"a budget of {budget} is too small: no rank below the lowest that is measured is chosen",
+            f"a budget of {budget} is too small: with every layer at the lowest rank it may have, or whole where that "
+            f"costs less, {least / whole:.3f} is left",
             hint="Raise the budget, or give keep.",
         )
     chosen = dict.fromkeys(options, 0)
@@ -131,7 +170,7 @@ def allocate(curves: Mapping[str, Curve], budget: float, multiple_of: int) -> di
     return {path: options[path][at][2] for path, at in chosen.items()}
 
 
-def _hull(choices: Sequence[tuple[int, float, int | None]]) -> list[tuple[int, int]]:
+def _hull(choices: Sequence[tuple[float, float, int | None]]) -> list[tuple[int, int]]:
     """Returns the edges of the lower convex hull, as indexes of neighbouring corners."""
     corners: list[int] = []
     for index, (size, loss, _) in enumerate(choices):

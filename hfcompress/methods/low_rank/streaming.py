@@ -26,6 +26,7 @@ from hfcompress.methods.low_rank.embeddings import factorize_table, token_table
 from hfcompress.methods.low_rank.method import Knowledge, choose_ranks, factorize_layer, float_layers
 from hfcompress.modeling.anatomy import base_model
 from hfcompress.modeling.checkpoint import commit, save
+from hfcompress.modeling.densify import Companions
 from hfcompress.modeling.headers import read_header
 from hfcompress.modeling.layers.low_rank import LowRankLinear
 from hfcompress.modeling.placement import inspect_texts, weight_files
@@ -52,7 +53,7 @@ def stream_factorize(
 
     Args:
         source: A checkpoint of a stock model in safetensors files, one or many. It is only read.
-        out: Where the result goes; must not exist, or be empty. Files that are no weights are not copied.
+        out: Where the result goes; must not exist, or be empty. The files of the tokenizer are copied.
         config: With method `svd` (which `auto` is here) or `nmf`, and `keep`, `rank` or `energy`.
         max_shard_size: As `save_pretrained` takes it.
         progress: Whether to show a bar.
@@ -85,7 +86,7 @@ def stream_factorize(
             _give_back_memory()
         table = {} if config.embeddings is None else factorize_table(model, config.embeddings, config.multiple_of)
         commit(model)
-        save(model, out, max_shard_size=max_shard_size)
+        save(model, out, tokenizer=Companions(source), max_shard_size=max_shard_size)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     whole = [path for path, rank in ranks.items() if rank is None]

@@ -1,9 +1,10 @@
 """Mends a block's output projection after units were removed, by least squares on calibration activations.
 
 Layers are gone through in order. Beside the model as it was runs the one that is being pruned, so each projection
-is fitted on the inputs that it will really get, and takes over some of what the layers before it got wrong. Each
-layer is run by itself, so the whole costs a few passes over the data however deep the model is. Where layers cannot
-be run by themselves (one layer run over and over, say) each projection is fitted on the original model's inputs.
+is fitted on the inputs that it will really get. What it should give is what brings the residual stream back to the
+original's: so it makes up for what the layers before it got wrong too. Each layer is run by itself, so the whole
+costs a few passes over the data however deep the model is. Where layers cannot be run by themselves (one layer run
+over and over, say) each projection is fitted on the original model's inputs.
 """
 
 from __future__ import annotations
@@ -22,9 +23,16 @@ from transformers import PreTrainedModel
 
 from hfcompress.errors import CompressionError
 from hfcompress.methods.calibration import evaluating, run_batches
+from hfcompress.methods.pruning.stream import Norm, StreamWatch
 from hfcompress.methods.pruning.units import Units
 from hfcompress.methods.registry import Batch
-from hfcompress.modeling.anatomy import base_model
+from hfcompress.modeling.anatomy import (
+    AttentionBlock,
+    FeedForwardBlock,
+    attention_blocks,
+    base_model,
+    feed_forward_blocks,
+)
 
 # Relative to the mean square of the inputs. From 1e-4 to 1e-1 the results hardly differ.
 RIDGE = 1e-2
@@ -51,8 +59,9 @@ class Moments:
     def add(self, inputs: torch.Tensor, wanted: torch.Tensor) -> None:
         """Takes up positions: x `(positions, in)` and t `(positions, out)`."""
         inputs, wanted = inputs.detach().float(), wanted.detach().float()
-        self.inputs += inputs.T @ inputs
-        self.cross += wanted.T @ inputs
+        with torch.autocast(inputs.device.type, enabled=False):  # of sums the last digits count
+            self.inputs += inputs.T @ inputs
+            self.cross += wanted.T @ inputs
         self.sum_in += inputs.double().sum(0)
         self.sum_out += wanted.double().sum(0)
         self.count += len(inputs)
@@ -242,14 +251,15 @@ class _Reached(Exception):
     """What a layer does after this point is not needed."""
 
 
-def _inputs_of(units: Units, layer: nn.Module, call: _Call, hidden: torch.Tensor) -> torch.Tensor:
+def _run_until(entry: nn.Module, layer: nn.Module, call: _Call, hidden: torch.Tensor) -> torch.Tensor:
+    """Runs a layer up to a module, and returns what that is given."""
     seen: list[torch.Tensor] = []
 
     def hook(module: nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
         seen.append(arguments[0])
         raise _Reached
 
-    handle = units.entry.register_forward_pre_hook(hook)
+    handle = entry.register_forward_pre_hook(hook)
     try:
         call.run(layer, hidden)
     except _Reached:
@@ -264,13 +274,16 @@ def _by_layers(model: PreTrainedModel, plan: _Plan, calls: _Calls) -> dict[int, 
     original: list[torch.Tensor] = []
     pruned: list[torch.Tensor] = []
     previous: str | None = None
+    blocks = [*attention_blocks(model), *feed_forward_blocks(model)]
     for layer, positions in tqdm(plan.layers.items(), desc="reconstructing", leave=False):
         if _stack(layer) != _stack(previous):
             original = [call.hidden for call in calls[layer]]
             pruned = list(original)
         previous = layer
-        original, wanted = _run_original(model, plan, layer, calls[layer], original)
+        own_blocks = [block for block in blocks if block.layer == layer]
+        original, wanted, norms = _run_original(model, plan, layer, own_blocks, calls[layer], original)
         made = copy.deepcopy(base_model(model).get_submodule(layer))
+        watch = StreamWatch(made, own_blocks)
         for position in positions:
             own = _in_copy(plan.units[position], made)
             own.shrink(plan.kept[position])
@@ -279,7 +292,10 @@ def _by_layers(model: PreTrainedModel, plan: _Plan, calls: _Calls) -> dict[int, 
             weight, _ = own.weight_and_gradient()
             moments = Moments(weight.shape[1], weight.shape[0], weight.device)
             for index, (call, hidden) in enumerate(zip(calls[layer], pruned, strict=True)):
-                plan.add(moments, _inputs_of(own, made, call, hidden), wanted[position][index], index)
+                with watch.watching():
+                    inputs = _run_until(own.entry, made, call, hidden)
+                stream = watch.before(own.block.spec.output, norms[position], hidden)
+                plan.add(moments, inputs, wanted[position][index] - stream, index)
             fits[position] = _fit(own, moments, weight)
             own.assign(fits[position].weight, fits[position].bias)
         pruned = [call.run(made, hidden) for call, hidden in zip(calls[layer], pruned, strict=True)]
@@ -287,19 +303,42 @@ def _by_layers(model: PreTrainedModel, plan: _Plan, calls: _Calls) -> dict[int, 
 
 
 def _run_original(
-    model: PreTrainedModel, plan: _Plan, layer: str, calls: Sequence[_Call], hidden: Sequence[torch.Tensor]
-) -> tuple[list[torch.Tensor], dict[int, list[torch.Tensor]]]:
-    """Returns what the layer gives, and by unit position what its output projections give, batch by batch."""
-    wanted: dict[int, list[torch.Tensor]] = {position: [] for position in plan.layers[layer] if plan.loses(position)}
+    model: PreTrainedModel,
+    plan: _Plan,
+    layer: str,
+    blocks: Sequence[AttentionBlock | FeedForwardBlock],
+    calls: Sequence[_Call],
+    hidden: Sequence[torch.Tensor],
+) -> tuple[list[torch.Tensor], dict[int, list[torch.Tensor]], dict[int, Norm | None]]:
+    """Runs a layer of the original on its batches.
 
-    def watch(position: int) -> Any:
+    Returns:
+        What the layer gives, batch by batch; by unit position what its output projections gave, with the stream that
+        this was added to where that is known; and by unit position where the norms are, which says whether it is.
+    """
+    wanted: dict[int, list[torch.Tensor]] = {position: [] for position in plan.layers[layer] if plan.loses(position)}
+    norms: dict[int, Norm | None] = {}
+    module, outputs = base_model(model).get_submodule(layer), []
+    watch = StreamWatch(module, blocks)
+
+    def note(position: int) -> Any:
         return lambda module, arguments, output: wanted[position].append(output)
 
-    module = base_model(model).get_submodule(layer)
     with ExitStack() as stack:
         for position in wanted:
-            stack.callback(plan.units[position].entry.register_forward_hook(watch(position)).remove)
-        return [call.run(module, each) for call, each in zip(calls, hidden, strict=True)], wanted
+            stack.callback(plan.units[position].entry.register_forward_hook(note(position)).remove)
+        for call, given in zip(calls, hidden, strict=True):
+            with watch.watching():
+                outputs.append(call.run(module, given))
+            norm = watch.norm(given, outputs[-1]) if len(outputs) == 1 else None
+            for position, seen in wanted.items():
+                units = plan.units[position]
+                name = units.block.spec.output
+                if len(outputs) == 1:  # the first factor of a low-rank layer does not write to the stream
+                    norms[position] = norm if units.entry is units.block.at(name) else None
+                if seen:
+                    seen[-1] = seen[-1] + watch.before(name, norms[position], given)
+    return outputs, wanted, norms
 
 
 def _in_copy(units: Units, layer: nn.Module) -> Units:

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from hfcompress.errors import CompressionError
 from hfcompress.methods.pruning.search import select, select_by_cost
 from hfcompress.methods.pruning.units import Measure, Units, head_units, neuron_units, total_cost
+from hfcompress.modeling.measure import tensor_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +48,17 @@ class Target(ABC):
     @abstractmethod
     def require_reachable(self) -> None:
         """Raises CompressionError where more is asked than can go: a block of units stays in every layer."""
+
+    def constraints(self) -> list[tuple[list[float], float]]:
+        """Returns what must hold of a choice: for each of `units` the share that one unit costs, and the share to go.
+
+        Raises:
+            CompressionError: What is to go is no sum over units.
+        """
+        raise CompressionError(
+            f"importance 'l0' cannot work towards a {type(self).__name__.lower()} target",
+            hint="Set heads, neurons, flops, parameters or bytes.",
+        )
 
     def findings(self, kept: Sequence[torch.Tensor]) -> dict[str, Any]:
         """Returns what the target has to say of a choice."""
@@ -90,6 +102,15 @@ class Shares(Target):
             kept += select(layers, self.shares[name] * progress, self.multiples[name])
         return kept
 
+    def constraints(self) -> list[tuple[list[float], float]]:
+        """Returns one constraint for each kind."""
+        found = []
+        for name, group in self.groups.items():
+            total = sum(each.count for each in group)
+            own = [[1 / total if other == name else 0.0] * len(layers) for other, layers in self.groups.items()]
+            found.append(([cost for costs in own for cost in costs], self.shares[name]))
+        return found
+
     def require_reachable(self) -> None:
         """Raises CompressionError where a layer would be left without units."""
         for name, group in self.groups.items():
@@ -103,40 +124,66 @@ class Shares(Target):
 
 @dataclass(frozen=True, kw_only=True)
 class Budget(Target):
-    """A share of what all blocks cost.
+    """A share of what all blocks cost, or of what they and the rest of the model cost.
 
     Attributes:
         measure: What is counted.
         share: How much of it is to go.
+        rest: What the rest of the model costs, where the share is of that too.
     """
 
     measure: Measure
     share: float
+    rest: float = 0.0
 
     def choose(self, scores: Sequence[torch.Tensor], progress: float = 1.0) -> list[torch.Tensor]:
         """Chooses among units of both kinds by score per cost."""
         costs = [each.costs(self.measure) for each in self.units]
         multiples = [self.multiples[name] for name, group in self.groups.items() for _ in group]
-        budget = total_cost(self.units, self.measure) * (1 - self.share * progress) - sum(fixed for _, fixed in costs)
+        blocks = total_cost(self.units, self.measure)
+        budget = blocks - (blocks + self.rest) * self.share * progress - sum(fixed for _, fixed in costs)
         return select_by_cost(scores, [unit for unit, _ in costs], budget, multiples)
+
+    def constraints(self) -> list[tuple[list[float], float]]:
+        """Returns the one constraint of the whole cost."""
+        total = total_cost(self.units, self.measure) + self.rest
+        return [([each.costs(self.measure)[0] / total for each in self.units], self.share)]
 
     def require_reachable(self) -> None:
         """Raises CompressionError where the least that stays costs more than is left."""
-        total = total_cost(self.units, self.measure)
-        stays = 0.0
+        total = total_cost(self.units, self.measure) + self.rest
+        stays = self.rest
         for name, group in self.groups.items():
             for each, least in zip(group, self._least(name), strict=True):
                 unit, fixed = each.costs(self.measure)
                 stays += least * unit + fixed
         if stays > total * (1 - self.share):
+            others = " and nothing else of the model goes" if self.rest else ""
             raise CompressionError(
                 f"{self.measure}: {self.share:g} cannot be removed, since every layer keeps a head and "
-                f"{self.multiples['neurons']} neurons; reachable: up to {1 - stays / total:.3f}"
+                f"{self.multiples['neurons']} neurons{others}; reachable: up to {max(0.0, 1 - stays / total):.3f}"
             )
+
+    def findings(self, kept: Sequence[torch.Tensor]) -> dict[str, Any]:
+        """Returns the share that was removed, where it is not that of the FLOPs, which is told anyway."""
+        if self.measure == "flops":
+            return {}
+        gone = sum(
+            (each.count - len(index)) * each.costs(self.measure)[0]
+            for each, index in zip(self.units, kept, strict=True)
+        )
+        return {f"{self.measure}_removed": round(gone / (total_cost(self.units, self.measure) + self.rest), 4)}
 
 
 def target_of(
-    model: PreTrainedModel, *, heads: float, neurons: float, flops: float, parameters: float, multiple_of: int
+    model: PreTrainedModel,
+    *,
+    heads: float = 0,
+    neurons: float = 0,
+    flops: float = 0,
+    parameters: float = 0,
+    bytes: float = 0,
+    multiple_of: int,
 ) -> Target:
     """Makes the target that a config asks for; shares of 0 ask for nothing.
 
@@ -145,13 +192,14 @@ def target_of(
         UnsupportedModelError: The model's family is not known.
     """
     multiples = {"heads": 1, "neurons": multiple_of}
-    if flops or parameters:
-        return Budget(
-            groups={"heads": head_units(model), "neurons": neuron_units(model)},
-            multiples=multiples,
-            measure="flops" if flops else "parameters",
-            share=flops or parameters,
-        )
+    measures: dict[Measure, float] = {"flops": flops, "parameters": parameters, "bytes": bytes}
+    for measure, share in measures.items():
+        if share:
+            both = {"heads": head_units(model), "neurons": neuron_units(model)}
+            rest = 0.0
+            if measure == "bytes":
+                rest = tensor_bytes(model) - total_cost([*both["heads"], *both["neurons"]], "bytes")
+            return Budget(groups=both, multiples=multiples, measure=measure, share=share, rest=rest)
     groups = {}
     if heads:
         groups["heads"] = head_units(model)

@@ -23,7 +23,7 @@ from hfcompress.modeling.layers.bitsandbytes import kind_of
 from hfcompress.modeling.layers.low_rank import LowRankLinear
 from hfcompress.modeling.surgery import shrink_attention, shrink_feed_forward
 
-Measure = Literal["flops", "parameters"]
+Measure = Literal["flops", "parameters", "bytes"]
 # Attention costs more the longer the text; FLOPs are counted at this length.
 TOKENS = 128
 
@@ -108,8 +108,12 @@ class Units:
     def costs(self, measure: Measure) -> tuple[float, float]:
         """Returns what one unit costs, and what the block costs without any.
 
-        FLOPs are multiply-adds for a token of a text of `TOKENS` tokens.
+        FLOPs are multiply-adds for a token of a text of `TOKENS` tokens; bytes are those of the parameters.
         """
+        if measure == "bytes":
+            unit, fixed = self.costs("parameters")
+            size = self.entry.weight.element_size()
+            return unit * size, fixed * size
         block, parameters = self.block, measure == "parameters"
         if isinstance(block, AttentionBlock):
             projections = [
@@ -123,14 +127,14 @@ class Units:
         for path, rows in projections:
             module: Any = block.at(path)
             low = isinstance(module, LowRankLinear)
-            fixed += module.rank * module.in_features if low else 0
+            fixed += module.multiplications - module.rank * module.out_features if low else 0
             unit += rows * (module.rank if low else input_width(module))
             unit += rows if parameters and module.bias is not None else 0
         output: Any = block.at(block.spec.output)
         low = isinstance(output, LowRankLinear)
         outputs = output.out_features if low else output_width(output)
         unit += self.width * (output.rank if low else outputs)
-        fixed += output.rank * outputs if low else 0
+        fixed += output.multiplications - output.rank * output.in_features if low else 0
         fixed += outputs if parameters and output.bias is not None else 0
         return unit, fixed
 

@@ -50,6 +50,7 @@ class Attention:
         shared_bias: Whether a position bias made for all stock heads is added to the scores: `given` from
             outside, or also `passed_on` to the next layer.
         optional: Whether some models of the family are without it (cross-attention).
+        removable: Whether its layer runs without it: nothing else reads what it keeps or hands on.
     """
 
     module: str
@@ -66,6 +67,7 @@ class Attention:
     heads_divide: str | None = None
     shared_bias: Literal["none", "given", "passed_on"] = "none"
     optional: bool = False
+    removable: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,12 +80,14 @@ class FeedForward:
         output: The projection out of the neurons.
         neurons: The config's field with the stock number of neurons.
         widths: How many times the config's `hidden_size` that is where the field is None.
+        removable: Whether its layer runs, and is built anew, without it.
     """
 
     inputs: tuple[Projection, ...]
     output: str
     neurons: str = "intermediate_size"
     widths: int = 4
+    removable: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)

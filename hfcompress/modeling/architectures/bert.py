@@ -10,6 +10,7 @@ SELF_ATTENTION = Attention(
     output="attention.output.dense",
     head_dim="attention_head_size",
     counts={"num_attention_heads": "heads", "all_head_size": "width"},
+    removable=True,
 )
 FEED_FORWARD = FeedForward(inputs=(Projection(path="intermediate.dense"),), output="output.dense")
 

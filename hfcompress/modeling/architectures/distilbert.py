@@ -17,6 +17,7 @@ ARCHITECTURE = Architecture(
                     head_dim="attention_head_size",
                     counts={"n_heads": "heads", "dim": "width"},
                     heads="n_heads",
+                    removable=True,
                 ),
             ),
             feed_forwards=(

@@ -30,7 +30,11 @@ ARCHITECTURE = Architecture(
         Stack(
             layers="h",
             attentions=(SELF_ATTENTION, CROSS_ATTENTION),
-            feed_forwards=(FeedForward(inputs=(Projection(path="mlp.c_fc"),), output="mlp.c_proj", neurons="n_inner"),),
+            feed_forwards=(
+                FeedForward(
+                    inputs=(Projection(path="mlp.c_fc"),), output="mlp.c_proj", neurons="n_inner", removable=False
+                ),
+            ),
             depth="n_layer",
             numbered_by=("scale_attn_by_inverse_layer_idx",),
         ),

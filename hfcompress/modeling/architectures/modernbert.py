@@ -25,6 +25,7 @@ ARCHITECTURE = Architecture(
                         Projection(path="mlp.Wi", part=1, parts=2),
                     ),
                     output="mlp.Wo",
+                    removable=False,
                 ),
             ),
             per_layer_fields=("layer_types",),

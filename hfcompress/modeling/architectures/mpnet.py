@@ -18,6 +18,7 @@ ARCHITECTURE = Architecture(
                     head_dim="attention_head_size",
                     counts={"num_attention_heads": "heads", "all_head_size": "width"},
                     shared_bias="given",
+                    removable=True,
                 ),
             ),
             feed_forwards=(FEED_FORWARD,),

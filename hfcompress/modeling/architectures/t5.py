@@ -25,7 +25,9 @@ def stack(layers: str, feed_forward: str, depth: str, *attentions: Attention) ->
     return Stack(
         layers=layers,
         attentions=attentions,
-        feed_forwards=(FeedForward(inputs=inputs, output=f"{feed_forward}.DenseReluDense.wo", neurons="d_ff"),),
+        feed_forwards=(
+            FeedForward(inputs=inputs, output=f"{feed_forward}.DenseReluDense.wo", neurons="d_ff", removable=False),
+        ),
         depth=depth,
         carried={"layer.0.SelfAttention.relative_attention_bias": "has_relative_attention_bias"},
     )

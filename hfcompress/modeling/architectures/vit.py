@@ -17,6 +17,7 @@ ARCHITECTURE = Architecture(
                     head_dim="head_dim",
                     counts={"num_attention_heads": "heads"},
                     head_dim_field="head_dim",
+                    removable=True,
                 ),
             ),
             feed_forwards=(FeedForward(inputs=(Projection(path="mlp.fc1"),), output="mlp.fc2"),),

@@ -15,7 +15,7 @@ import copy
 import logging
 import math
 from functools import cache
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, NamedTuple, cast, get_args
 
 import torch
 from torch import nn
@@ -23,9 +23,13 @@ from transformers.core_model_loading import ConversionOps
 
 from hfcompress.errors import CompressionError, MissingBackendError
 from hfcompress.modeling.layers.packed_linear import PackedKind, PackedLinear
+from hfcompress.modeling.layers.torchao import TorchAOKind, TorchAOLinear
 
 Kind = Literal["int8", "nf4", "fp4", "nf4-double", "fp4-double"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
+ComputeDtype = Literal["float32", "bfloat16", "float16"]
+COMPUTE_DTYPES: tuple[ComputeDtype, ...] = get_args(ComputeDtype)
+_DTYPE_NAMES: dict[torch.dtype, ComputeDtype] = {getattr(torch, name): name for name in COMPUTE_DTYPES}
 
 # What one quantized `weight` becomes in a file, over all kinds.
 SERIALIZED_NAMES = (
@@ -59,10 +63,12 @@ def require_bitsandbytes() -> Any:
     return bitsandbytes
 
 
-def kind_of(module: nn.Module) -> Kind | PackedKind | None:
+def kind_of(module: nn.Module) -> Kind | PackedKind | TorchAOKind | None:
     """Returns how a linear layer is quantized, or None; imports nothing."""
     if isinstance(module, PackedLinear):
         return module.packed_kind
+    if isinstance(module, TorchAOLinear):
+        return module.torchao_kind
     name = type(module).__name__
     if name == "Linear8bitLt":
         return "int8"
@@ -72,19 +78,54 @@ def kind_of(module: nn.Module) -> Kind | PackedKind | None:
     return None
 
 
-def empty_linear(in_features: int, out_features: int, *, bias: bool, kind: Kind, dtype: torch.dtype) -> nn.Module:
+class Numerics(NamedTuple):
+    """How a layer computes, where that is not as usual.
+
+    Attributes:
+        threshold: Inputs of a size over this one, and their weights, are multiplied in float16 by an int8 layer
+            (Dettmers et al. 2022, LLM.int8); 0 for none.
+        compute_dtype: What a 4-bit layer computes in; None for the dtype of the model.
+    """
+
+    threshold: float = 0.0
+    compute_dtype: ComputeDtype | None = None
+
+    def of(self, kind: Kind) -> Numerics:
+        """Returns the part of it that a kind of layer heeds."""
+        return Numerics(self.threshold, None) if kind == "int8" else Numerics(0.0, self.compute_dtype)
+
+
+def numerics_of(module: nn.Module, dtype: torch.dtype) -> Numerics:
+    """Returns how a quantized layer computes in a model of this dtype."""
+    layer = cast(Any, module)
+    if kind_of(module) == "int8":
+        return Numerics(threshold=float(layer.state.threshold))
+    computes = getattr(layer, "compute_dtype", None)
+    return Numerics(compute_dtype=None if computes in (None, dtype) else _DTYPE_NAMES[computes])
+
+
+def empty_linear(
+    in_features: int,
+    out_features: int,
+    *,
+    bias: bool,
+    kind: Kind,
+    dtype: torch.dtype,
+    numerics: Numerics = Numerics(),  # noqa: B008 a tuple
+) -> nn.Module:
     """Makes a quantized layer on `meta`, ready for its stored weights."""
     bnb = require_bitsandbytes()
     with torch.device("meta"):
         if kind == "int8":
-            module = bnb.nn.Linear8bitLt(in_features, out_features, bias, has_fp16_weights=False)
+            form = {"has_fp16_weights": False, "threshold": numerics.threshold}
+            module = bnb.nn.Linear8bitLt(in_features, out_features, bias, **form)
             module.weight.data = module.weight.data.to(torch.int8)
         else:
             module = bnb.nn.Linear4bit(
                 in_features,
                 out_features,
                 bias,
-                compute_dtype=dtype,
+                compute_dtype=getattr(torch, numerics.compute_dtype) if numerics.compute_dtype else dtype,
                 compress_statistics=kind.endswith("-double"),
                 quant_type=kind.removesuffix("-double"),
             )
@@ -95,13 +136,12 @@ def empty_linear(in_features: int, out_features: int, *, bias: bool, kind: Kind,
     return settle(module)
 
 
-def quantize_linear(linear: nn.Linear, kind: Kind) -> nn.Module:
+def quantize_linear(linear: nn.Linear, kind: Kind, numerics: Numerics = Numerics()) -> nn.Module:  # noqa: B008
     """Quantizes a float layer; the layer itself is left as it was, its bias is shared."""
     bnb = require_bitsandbytes()
     weight = linear.weight.detach()
-    module = empty_linear(
-        linear.in_features, linear.out_features, bias=linear.bias is not None, kind=kind, dtype=weight.dtype
-    )
+    form = {"bias": linear.bias is not None, "kind": kind, "dtype": weight.dtype, "numerics": numerics.of(kind)}
+    module = empty_linear(linear.in_features, linear.out_features, **form)
     if kind == "int8":
         made = bnb.nn.Int8Params(weight.cpu(), requires_grad=False, has_fp16_weights=False)
     else:
@@ -124,7 +164,7 @@ def dequantize(module: nn.Module) -> torch.Tensor:
 
     On CPU, bitsandbytes' own `dequantize_4bit` mixes up scales where a block of 64 runs over the end of a row.
     """
-    if isinstance(module, PackedLinear):
+    if isinstance(module, PackedLinear | TorchAOLinear):
         return module.dense()
     from bitsandbytes import functional
 

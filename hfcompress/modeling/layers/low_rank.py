@@ -70,14 +70,121 @@ class LowRankLinear(nn.Module):
         return self.down.out_features
 
     @property
+    def multiplications(self) -> int:
+        """How many a position takes; as many as the factors hold numbers."""
+        return self.rank * (self.in_features + self.up.out_features)
+
+    @property
     def bias(self) -> torch.Tensor | None:
         """The bias of `up`: some families initialise a layer's bias by this name."""
         return self.up.bias
+
+    def set_bias(self, bias: nn.Parameter) -> None:
+        """Takes over a bias, `(out_features,)`."""
+        self.up.bias = bias
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         """Maps `(..., in_features)` to `(..., out_features)`."""
         return self.up(self.down(inputs))
 
+    def compose(self, up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
+        """Returns the matrix `(out, in)` that weights of the two factors stand for."""
+        return up @ down
+
     def extra_repr(self) -> str:
         """Shows the shape that the two factors stand for."""
         return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"
+
+
+def pivot(up: torch.Tensor, down: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Says the product of two thin matrices by `rank` of its own rows and what the others are made of.
+
+    Which rows is chosen by the row pivots of an LU decomposition, so that the others are made of them with small
+    numbers. The product stays the same, and `rank * rank` numbers are saved (Zhao et al. 2025, PIFA).
+
+    Args:
+        up: `(out, rank)`, rank below out.
+        down: `(rank, in)`.
+
+    Returns:
+        `rest` `(out - rank, rank)`, `rows` `(rank, in)`, both float64, and `places` `(out,)`, int64, such that
+        `torch.cat((rows, rest @ rows))[places]` is `up @ down`.
+    """
+    rank = up.shape[1]
+    permutation, lower, _ = torch.linalg.lu(up.double())
+    order = permutation.argmax(0)
+    # up[order] is lower @ upper, so that its last rows are lower[rank:] @ inverse(lower[:rank]) of its first.
+    rest = torch.linalg.solve_triangular(lower[:rank], lower[rank:], upper=False, left=False, unitriangular=True)
+    return rest, up.double()[order[:rank]] @ down.double(), order.argsort()
+
+
+class PivotedLinear(LowRankLinear):
+    """Computes `rank` of its outputs from its inputs by `down`, and the others from those by `up`.
+
+    It is a low-rank layer with `rank * rank` numbers less than two factors have (Zhao et al. 2025, PIFA), so that any
+    rank below full is smaller than the matrix.
+
+    Args:
+        in_features: Width of the input.
+        out_features: Width of the output.
+        rank: How many outputs are computed from the inputs; below `out_features`.
+        bias: Whether the layer has a bias; it is the layer's own, neither factor has one.
+        transposed: As in `LowRankLinear`.
+        device: Where the parameters are made.
+        dtype: The parameters' dtype.
+
+    Attributes:
+        places: Buffer, int64 `(out_features,)`: where each output is among those of `down` followed by those of `up`.
+    """
+
+    places: torch.Tensor
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int,
+        *,
+        bias: bool,
+        transposed: bool = False,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        form = {"transposed": transposed, "device": device, "dtype": dtype}
+        super().__init__(in_features, out_features - rank, rank, bias=False, **form)
+        own = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
+        self.register_parameter("own_bias", own)
+        self.register_buffer("places", torch.arange(out_features, device=device))
+
+    @property
+    def out_features(self) -> int:
+        """Width of the output."""
+        return len(self.places)
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        """The bias of all outputs."""
+        return self.own_bias
+
+    def set_bias(self, bias: nn.Parameter) -> None:
+        """Takes over a bias, `(out_features,)`."""
+        self.own_bias = bias
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Maps `(..., in_features)` to `(..., out_features)`."""
+        pivots = self.down(inputs)
+        outputs = torch.cat((pivots, self.up(pivots)), dim=-1).index_select(-1, self.places)
+        return outputs if self.own_bias is None else outputs + self.own_bias
+
+    def compose(self, up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
+        """Returns the matrix `(out, in)` that weights of the two factors stand for."""
+        return torch.cat((down, up @ down)).index_select(0, self.places)
+
+    def set_factors(self, up: torch.Tensor, down: torch.Tensor) -> None:
+        """Takes over a product of two thin matrices, `(out, rank)` and `(rank, in)`, and its number of outputs."""
+        rest, rows, places = pivot(up, down)
+        for factor, value in ((self.up, rest), (self.down, rows)):
+            trains = factor.weight.requires_grad
+            factor.weight = nn.Parameter(value.to(factor.weight).contiguous(), requires_grad=trains)
+        self.up.out_features = len(rest)
+        self.places = places.to(self.places.device)

@@ -147,14 +147,20 @@ class PackedLinear(nn.Linear):
         self.register_parameter("bias", parameter if bias else None)
 
     @classmethod
-    def from_float(cls, linear: nn.Module, kind: PackedKind) -> PackedLinear:
-        """Packs the weight of a linear or transposed (`Conv1D`) layer, which itself is left as it was."""
+    def from_float(cls, linear: nn.Module, kind: PackedKind, scales: torch.Tensor | None = None) -> PackedLinear:
+        """Packs the weight of a linear or transposed (`Conv1D`) layer, which itself is left as it was.
+
+        Args:
+            linear: The layer.
+            kind: How its weights are written.
+            scales: Float16 `(out, groups)`; None to find them.
+        """
         old = cast(Any, linear)
         weight = old.weight.detach().T if isinstance(linear, Conv1D) else old.weight.detach()
         outputs, inputs = weight.shape
         form = {"kind": kind, "device": weight.device, "dtype": weight.dtype}
         made = cls(inputs, outputs, old.bias is not None, **form)
-        made.scales.copy_(scales_of(weight, kind))
+        made.scales.copy_(scales_of(weight, kind) if scales is None else scales)
         groups = weight.float().unflatten(-1, (made.scales.shape[-1], -1))
         levels = _nearest(groups, made.scales, _FORMS[kind]).flatten(-2)
         made.codes.copy_(pack(levels - _FORMS[kind].levels[0], kind))
@@ -184,14 +190,15 @@ class RoundingLinear(nn.Linear):
     """A linear layer in training that computes with what its weight will be when it is packed.
 
     The gradient passes the rounding as if it were not there (Bengio et al. 2013, the straight-through estimator).
-    An existing layer becomes one by its class alone, so that no name of a parameter changes.
+    An existing layer becomes one by its class alone, so that no name of a parameter changes. A layer with a `step`
+    learns its scales too: see `learn_steps`.
     """
 
     rounding: PackedKind
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         """Maps `(..., in_features)` to `(..., out_features)`."""
-        return nn.functional.linear(inputs, _through(self.weight, self.rounding), self.bias)
+        return nn.functional.linear(inputs, under_rounding(self, self.weight), self.bias)
 
 
 class RoundingConv1D(Conv1D):
@@ -201,8 +208,49 @@ class RoundingConv1D(Conv1D):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Maps `(..., nx)` to `(..., nf)`."""
-        return nn.functional.linear(x, _through(self.weight.T, self.rounding), self.bias)
+        return nn.functional.linear(x, under_rounding(self, self.weight.T), self.bias)
 
 
-def _through(weight: torch.Tensor, kind: PackedKind) -> torch.Tensor:
-    return weight + (rounded(weight, kind) - weight).detach()
+def learn_steps(layer: nn.Module, kind: PackedKind) -> None:
+    """Gives a layer scales that are learned beside its weight (Esser et al. 2020, LSQ).
+
+    They begin where rounding has a small squared error. What is learned is the factor to that, `step`: an optimizer
+    such as Adam takes steps of one size, whatever the gradient's, which would be far too large for scales themselves.
+    """
+    weight = cast(Any, layer).weight
+    weight = weight.T if isinstance(layer, Conv1D) else weight
+    start = scales_of(weight, kind).float()
+    layer.register_buffer("step_start", start)
+    layer.register_parameter("step", nn.Parameter(torch.ones_like(start)))
+
+
+def learned_scales(layer: nn.Module) -> torch.Tensor | None:
+    """Returns the scales that a layer has learned as they will be stored, float16 `(out, groups)`; or None."""
+    step = getattr(layer, "step", None)
+    return None if step is None else (cast(Any, layer).step_start * step.detach()).clamp(0, 65504).half()
+
+
+def forget_steps(layer: nn.Module) -> None:
+    """Takes away what `learn_steps` gave."""
+    if getattr(layer, "step", None) is not None:
+        del layer.step, layer.step_start
+
+
+def under_rounding(layer: nn.Module, weight: torch.Tensor) -> torch.Tensor:
+    """Returns what a layer in training computes with: its weight `(out, in)`, rounded, with gradients."""
+    kind = cast(Any, layer).rounding
+    if getattr(layer, "step", None) is None:
+        return weight + (rounded(weight, kind) - weight).detach()
+    form = _FORMS[kind]
+    step = cast(Any, layer).step
+    # The gradient of a scale sums over its whole group; so weighted, it is of the size of a weight's.
+    share = (weight.shape[-1] / step.shape[-1] * max(1.0, form.levels[-1])) ** -0.5
+    factor = step * share + (step - step * share).detach()
+    scales = (cast(Any, layer).step_start * factor).clamp(0, 65504)
+    scales = (scales + (scales.half().float() - scales).detach()).unsqueeze(-1)  # as it will be stored
+    lowest, highest = form.levels[0], form.levels[-1]
+    places = weight.float().unflatten(-1, (step.shape[-1], -1)) / torch.where(scales > 0, scales, 1)
+    # Weights that are rounded further than half a step, beyond the outermost levels, get no gradient.
+    places = places.clamp(lowest - 0.5, highest + 0.5) - lowest
+    levels = places + (places.round().clamp(0, highest - lowest) - places).detach() + lowest
+    return (levels * scales).flatten(-2).to(weight.dtype)

@@ -1,0 +1,119 @@
+"""What a layer costs at every rank: parameters, bytes, multiply-adds, or time on this machine."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from hfcompress.errors import CompressionError
+from hfcompress.methods.calibration import evaluating
+from hfcompress.methods.low_rank.ranks import LEAST, Cost, is_smaller, rank_for, size_of
+from hfcompress.methods.registry import Batch
+from hfcompress.modeling.anatomy import base_model
+from hfcompress.modeling.layers.low_rank import LowRankLinear, PivotedLinear
+
+Measure = Literal["parameters", "bytes", "flops", "latency"]
+
+_POINTS = 6
+_REPEATS = 9
+
+
+def costs_of(
+    model: PreTrainedModel,
+    layers: Mapping[str, tuple[int, int]],
+    measure: Measure,
+    batch: Batch,
+    *,
+    pivoted: bool,
+) -> dict[str, Cost]:
+    """Returns what each layer costs at a rank, and whole where the rank is None.
+
+    Args:
+        model: The model, its layers still whole.
+        layers: Widths (outputs, inputs) of the layers, by path.
+        measure: What is counted. FLOPs and time are those of a forward pass of `batch`: a layer that sees more
+            positions costs more. Time is measured layer by layer, each rank beside the whole layer.
+        batch: Model inputs.
+        pivoted: Whether the factors are pivoted.
+
+    Raises:
+        CompressionError: A layer takes no part in a forward pass of the batch.
+    """
+    if measure in ("parameters", "bytes"):
+        places = torch.int64.itemsize if pivoted and measure == "bytes" else 0
+        weights = {path: base_model(model).get_parameter(f"{path}.weight") for path in layers}
+        units = {path: each.element_size() if measure == "bytes" else 1 for path, each in weights.items()}
+        return {path: _counted(shape, units[path], places * shape[0], pivoted) for path, shape in layers.items()}
+    positions = _positions(model, list(layers), batch)
+    if measure == "flops":
+        return {path: _counted(shape, positions[path], 0, pivoted) for path, shape in layers.items()}
+    timed: dict[Any, Cost] = {}
+    costs: dict[str, Cost] = {}
+    for path, shape in layers.items():
+        module: Any = base_model(model).get_submodule(path)
+        kind = (*shape, positions[path], module.bias is not None, module.weight.dtype, module.weight.device)
+        if kind not in timed:
+            timed[kind] = _timed(*kind, pivoted=pivoted)
+        costs[path] = timed[kind]
+    return costs
+
+
+def _counted(shape: tuple[int, int], unit: int, extra: int, pivoted: bool) -> Cost:
+    whole = unit * shape[0] * shape[1]
+    return lambda rank: whole if rank is None else unit * size_of(*shape, rank, pivoted) + extra
+
+
+def _positions(model: PreTrainedModel, paths: Sequence[str], batch: Batch) -> dict[str, int]:
+    """Counts the positions, padding included, that each layer sees in one forward pass."""
+    counts = dict.fromkeys(paths, 0)
+
+    def watch(path: str) -> Callable[..., None]:
+        def hook(module: nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
+            counts[path] += arguments[0].numel() // arguments[0].shape[-1]
+
+        return hook
+
+    with ExitStack() as stack, torch.no_grad(), evaluating(model):
+        for path in paths:
+            stack.callback(base_model(model).get_submodule(path).register_forward_pre_hook(watch(path)).remove)
+        model(**{name: value.to(model.device) for name, value in batch.items()})
+    for path, count in counts.items():
+        if not count:
+            raise CompressionError(f"{path} was never run on the calibration batches")
+    return counts
+
+
+def _timed(
+    outputs: int, inputs: int, positions: int, bias: bool, dtype: torch.dtype, device: torch.device, *, pivoted: bool
+) -> Cost:
+    """Times a layer of this shape whole and at a few ranks, by turns."""
+    lowest, highest = (rank_for(outputs, inputs, keep, 1, pivoted) for keep in (LEAST, 0.99))
+    ranks = sorted({round(rank) for rank in np.linspace(lowest, highest, _POINTS)})
+    ranks = [rank for rank in ranks if is_smaller(outputs, inputs, rank, pivoted)]
+    form: dict[str, Any] = {"bias": bias, "device": device, "dtype": dtype}
+    kind = PivotedLinear if pivoted else LowRankLinear
+    layers = [nn.Linear(inputs, outputs, **form), *(kind(inputs, outputs, rank, **form) for rank in ranks)]
+    rows = torch.randn(positions, inputs, device=device, dtype=dtype)
+    with torch.inference_mode():
+        for layer in layers:
+            layer(rows)
+        times = np.array([[_seconds(layer, rows) for layer in layers] for _ in range(_REPEATS)])
+    whole = float(np.median(times[:, 0]))
+    # Each rank against the whole layer of the same turn: what else the machine does then counts for both.
+    shares = np.median(times[:, 1:] / times[:, :1], axis=0) if ranks else np.zeros(0)
+    return lambda rank: whole if rank is None else whole * float(np.interp(rank, ranks, shares))
+
+
+def _seconds(layer: nn.Module, rows: torch.Tensor) -> float:
+    started = time.perf_counter()
+    layer(rows)
+    if rows.device.type == "cuda":
+        torch.cuda.synchronize(rows.device)
+    return time.perf_counter() - started

@@ -1,0 +1,129 @@
+"""What a model's predictions say of each direction of a layer's outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from hfcompress.errors import CompressionError
+from hfcompress.methods.calibration import evaluating
+from hfcompress.methods.registry import Batch
+from hfcompress.methods.statistics import each_batch
+from hfcompress.modeling.anatomy import base_model
+
+_SEED = 0
+# Tokens at once: a language model predicts a whole vocabulary at each, and several copies of that are needed.
+_TOKENS = 4096
+
+
+def output_curvature(model: PreTrainedModel, paths: Sequence[str], batches: Sequence[Batch]) -> dict[str, torch.Tensor]:
+    """Sums, per prediction, the second moments of the gradients that reach a layer's outputs.
+
+    The gradients are those of the loss on answers drawn from the model's own predictions, so that with the second
+    moments of the inputs these are the two Kronecker factors of the Fisher information (Martens and Grosse 2015), and
+    half of `tr(C D S Dᵀ)` is the divergence, in nats a prediction, that a small change D of the weights brings about.
+    Of a model without a head it is a squared change of its hidden states, relative to their size. Labels are not read.
+    A layer that the predictions do not depend on has a curvature of zero.
+
+    Args:
+        model: The model.
+        paths: Linear layers, relative to the base model.
+        batches: Model inputs.
+
+    Returns:
+        For each path float32 `(out, out)`.
+
+    Raises:
+        CompressionError: No batches, a layer that is never run, or gradients that are not finite (it is named).
+    """
+    base = base_model(model)
+    sums: dict[str, torch.Tensor] = {}
+    widths: dict[str, int] = {}
+
+    def gather(path: str) -> Callable[[torch.Tensor], None]:
+        def add(gradient: torch.Tensor) -> None:
+            rows = gradient.detach().flatten(0, -2).float()
+            found = rows.T @ rows
+            sums[path] = sums[path] + found if path in sums else found
+
+        return add
+
+    def watch(path: str) -> Callable[..., torch.Tensor]:
+        def hook(module: nn.Module, arguments: Any, output: torch.Tensor) -> torch.Tensor:
+            output = output if output.requires_grad else output.detach().requires_grad_()
+            output.register_hook(gather(path))
+            widths[path] = output.shape[-1]
+            return output
+
+        return hook
+
+    total = 0
+    generator = torch.Generator().manual_seed(_SEED)
+    wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    with ExitStack() as stack, torch.enable_grad(), evaluating(model):
+        for parameter in wanted:  # theirs are not needed: a third of the work
+            parameter.requires_grad_(False)
+            stack.callback(parameter.requires_grad_, True)
+        for path in paths:
+            stack.callback(base.get_submodule(path).register_forward_hook(watch(path)).remove)
+        for batch in each_batch(model, batches, "curvature"):
+            for part in _parts(batch):
+                loss, count = _drawn_loss(model, part, generator)
+                if loss.requires_grad:
+                    loss.backward()
+                total += count
+    for path in paths:
+        if path not in widths:
+            raise CompressionError(f"{path} was never run on the calibration batches")
+        sums.setdefault(path, torch.zeros(widths[path], widths[path], device=model.device))
+        if not torch.isfinite(sums[path]).all():
+            raise CompressionError(f"{path}: the gradients on the calibration batches are not finite")
+    return {path: sums[path] / total for path in paths}
+
+
+def _parts(batch: Batch) -> Iterator[Batch]:
+    """Cuts a batch of long texts into smaller ones."""
+    ids = batch.get("input_ids")
+    if ids is None or ids.dim() != 2 or ids.numel() <= _TOKENS:
+        yield batch
+        return
+    rows = max(1, _TOKENS // ids.shape[1])
+    for start in range(0, len(ids), rows):
+        yield {name: value[start : start + rows] for name, value in batch.items()}
+
+
+def _drawn_loss(model: PreTrainedModel, batch: Batch, generator: torch.Generator) -> tuple[torch.Tensor, int]:
+    """Returns the loss on answers drawn from what the model predicts, summed, and how many there are."""
+    outputs: Any = model(**{name: value for name, value in batch.items() if name != "labels"})
+    found = [outputs[name] for name in ("logits", "start_logits", "end_logits") if outputs.get(name) is not None]
+    if not found:
+        hidden = next(each for each in outputs.to_tuple() if isinstance(each, torch.Tensor) and each.dim() > 1)
+        rows = _rows(hidden, batch)
+        return (rows * _noise(rows, generator)).sum() / rows.detach().square().sum(-1).mean().sqrt(), len(rows)
+    losses = [_of_logits(_rows(logits, batch), generator) for logits in found]
+    return torch.stack(losses).sum(), sum(len(_rows(logits, batch)) for logits in found[:1])
+
+
+def _of_logits(logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    if logits.shape[-1] == 1:  # a number, as good as one of unit variance
+        return (logits * _noise(logits, generator)).sum()
+    logs = logits.log_softmax(-1)
+    drawn = torch.multinomial(logs.detach().exp().cpu(), 1, generator=generator).to(logs.device)
+    return -logs.gather(-1, drawn).sum()
+
+
+def _noise(like: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    return torch.randn(like.shape, generator=generator).to(like)
+
+
+def _rows(outputs: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """Returns `(..., classes)` as float32 rows without those of padding, gradients kept."""
+    mask = batch.get("attention_mask")
+    if outputs.dim() == 3 and mask is not None and mask.dim() == 2 and mask.shape == outputs.shape[:2] and mask.any():
+        return outputs[mask.bool()].float()
+    return outputs.flatten(0, -2).float()

@@ -1,0 +1,195 @@
+"""Cuts the hidden width of a whole model: every matrix that reads or writes the residual stream, at once.
+
+Which dimensions of which tensors those are is not written down for any family: a stock model of the new width, built
+without memory, shows them by its shapes. So the result is always what the stock config of that width builds.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from hfcompress.errors import CompressionError
+from hfcompress.modeling.anatomy import AttentionBlock, attention_blocks, base_model, feed_forward_blocks
+from hfcompress.modeling.structure import describe
+from hfcompress.modeling.surgery import shrink_attention
+
+# Tensors of these widths are what kernels are fastest at.
+_MULTIPLE = 8
+
+
+def width_step(model: PreTrainedModel) -> int:
+    """Returns the number that every hidden width of the model's family is a multiple of.
+
+    Where the stock config has no field for the width of a head, a narrower model has fewer heads of the same width
+    in every layer.
+
+    Raises:
+        CompressionError: The width cannot be cut in this family, or the model is not of stock shapes.
+        UnsupportedModelError: The family is not known.
+    """
+    if describe(model):
+        raise CompressionError(
+            "the hidden width can be cut only where the stock config says all shapes, and this model has been "
+            f"compressed otherwise ({', '.join(describe(model))})",
+            hint="Cut the width first.",
+        )
+    blocks = attention_blocks(model)
+    if any(block.spec.shared_bias != "none" for block in blocks):
+        raise CompressionError(f"models of type '{model.config.model_type}' share a bias by head: their width stays")
+    steps = {_step(block) for block in blocks}
+    return math.lcm(*steps) if steps else _MULTIPLE
+
+
+def _step(block: AttentionBlock) -> int:
+    if block.spec.head_dim_field is None:
+        return block.head_dim
+    divided = block.spec.heads_divide == "hidden_size"
+    return math.lcm(_MULTIPLE, block.query_heads) if divided else _MULTIPLE
+
+
+def residual_tensors(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
+    """Returns the tensors that read or write the residual stream, each with the dimensions that do.
+
+    Tied tensors are listed once. Those of an attention whose heads follow the width are listed without the heads.
+
+    Raises:
+        CompressionError: As in `width_step`.
+    """
+    step = width_step(model)
+    return _plan(model, _fresh(model, int(model.config.hidden_size) - step), step)
+
+
+def _fresh(model: PreTrainedModel, width: int) -> PreTrainedModel:
+    """Builds a stock model of another width on `meta`."""
+    config = copy.deepcopy(model.config)
+    _say(config, model, width)
+    try:
+        with torch.device("meta"):
+            return type(model)(config)
+    except (ValueError, RuntimeError, AssertionError) as error:
+        raise CompressionError(f"no stock model of this family is {width} wide: {error}") from None
+
+
+def _say(config: Any, model: PreTrainedModel, width: int) -> None:
+    for block in attention_blocks(model):
+        if block.spec.head_dim_field is None:
+            setattr(config, block.spec.heads, width // block.head_dim)
+        else:
+            setattr(config, block.spec.head_dim_field, block.head_dim)
+    for block in feed_forward_blocks(model):
+        if getattr(config, block.spec.neurons) is None:  # else it is a multiple of the width
+            setattr(config, block.spec.neurons, block.neurons)
+    if getattr(config, "pooler_hidden_size", None) == config.hidden_size:
+        config.pooler_hidden_size = width
+    config.hidden_size = width
+
+
+def _plan(model: PreTrainedModel, fresh: PreTrainedModel, step: int) -> dict[str, tuple[int, ...]]:
+    before, heads = int(model.config.hidden_size), _head_dimensions(model)
+    after = int(fresh.config.hidden_size)
+    shapes = {name: tensor.shape for name, tensor in _tensors(fresh)}
+    plan: dict[str, tuple[int, ...]] = {}
+    seen: set[int] = set()
+    for name, tensor in _tensors(model):
+        if id(tensor) in seen:
+            continue
+        seen.add(id(tensor))
+        new = shapes.get(name)
+        if new is None or len(new) != tensor.dim():
+            raise CompressionError(f"{name} has no counterpart in a stock model of another width")
+        differing = [dim for dim in range(len(new)) if new[dim] != tensor.shape[dim] and (name, dim) not in heads]
+        for dim in differing:
+            if (tensor.shape[dim], new[dim]) != (before, after):
+                raise CompressionError(
+                    f"{name}: dimension {dim} would change from {tensor.shape[dim]} to {new[dim]} with the hidden "
+                    "width: this family's width cannot be cut"
+                )
+        if differing:
+            plan[name] = tuple(differing)
+    return plan
+
+
+def _head_dimensions(model: PreTrainedModel) -> set[tuple[str, int]]:
+    """Returns the dimensions that are cut with the heads."""
+    base = base_model(model)
+    prefix = "" if base is model else f"{model.base_model_prefix}."
+    found: set[tuple[str, int]] = set()
+    for block in attention_blocks(model):
+        if block.spec.head_dim_field is None:
+            paths = {block.path(each.path): 0 for _, each in block.projections} | {block.path(block.spec.output): 1}
+            for path, dim in paths.items():
+                transposed = isinstance(base.get_submodule(path), Conv1D)
+                found.add((f"{prefix}{path}.weight", 1 - dim if transposed else dim))
+                if dim == 0:
+                    found.add((f"{prefix}{path}.bias", 0))
+    return found
+
+
+def _tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    yield from model.named_parameters(remove_duplicate=False)
+    yield from model.named_buffers(remove_duplicate=False)
+
+
+def cut_width(model: PreTrainedModel, kept: torch.Tensor, heads: Mapping[str, Sequence[int]] | None = None) -> None:
+    """Keeps some dimensions of the residual stream, in place; the caller ends with `commit(model)`.
+
+    Args:
+        model: A model of stock shapes.
+        kept: Which dimensions stay, int64, ascending; as many as a multiple of `width_step`.
+        heads: For each attention, by name, the heads that stay where they follow the width: as many as fill it.
+
+    Raises:
+        CompressionError: The stock config cannot say the width. Nothing was changed then.
+    """
+    step, before = width_step(model), int(model.config.hidden_size)
+    if not len(kept) or len(kept) % step or len(kept) > before:
+        raise CompressionError(f"the hidden width must be a multiple of {step} up to {before}, not {len(kept)}")
+    if len(kept) == before:
+        return
+    fresh = _fresh(model, len(kept))
+    plan = _plan(model, fresh, step)
+    for block in attention_blocks(model):
+        if block.spec.head_dim_field is None:
+            stay = list((heads or {}).get(block.name, range(len(kept) // block.head_dim)))
+            if len(stay) * block.head_dim != len(kept):
+                raise CompressionError(f"{block.name}: {len(kept) // block.head_dim} heads must stay, not {len(stay)}")
+            shrink_attention(block, stay)
+    _cut_tensors(model, plan, kept)
+    configs = {id(own): own for module in model.modules() if (own := getattr(module, "config", None)) is not None}
+    for config in configs.values():
+        if getattr(config, "hidden_size", None) == before:
+            _say(config, model, len(kept))
+    for name, module in model.named_modules():
+        _copy_numbers(fresh.get_submodule(name), module)
+
+
+def _cut_tensors(model: PreTrainedModel, plan: Mapping[str, Sequence[int]], kept: torch.Tensor) -> None:
+    made: dict[int, Any] = {}
+    tensors = dict(_tensors(model))
+    for name, dims in plan.items():
+        old = tensors[name]
+        new = old.detach()
+        for dim in dims:
+            new = new.index_select(dim, kept.to(new.device))
+        is_parameter = isinstance(old, nn.Parameter)
+        made[id(old)] = nn.Parameter(new, requires_grad=old.requires_grad) if is_parameter else new
+    for name, old in list(tensors.items()):
+        if id(old) in made:
+            parent, _, attribute = name.rpartition(".")
+            setattr(model.get_submodule(parent), attribute, made[id(old)])
+
+
+def _copy_numbers(stock: nn.Module, module: nn.Module) -> None:
+    """Takes over widths, scales and the like that a forward computes with."""
+    for attribute, value in vars(stock).items():
+        number = isinstance(value, int | float | tuple) and not isinstance(value, bool)
+        if number and attribute in vars(module) and vars(module)[attribute] != value:
+            setattr(module, attribute, value)
