@@ -25,17 +25,24 @@ from hfcompress.methods.teaching.losses import (
     top_k_forward_kl,
     weighted_mean,
 )
+from hfcompress.methods.teaching.other_tokens import (
+    OtherTokens,
+    Source,
+    TranslatedTeacher,
+    refuse_what_tokens_cannot_say,
+)
 from hfcompress.methods.teaching.signals import (
     Asked,
     LiveTeacher,
     Signals,
     at_positions,
     example_weights,
+    output_logits,
     positions,
 )
 from hfcompress.methods.training import EXAMPLE_ID, Part, Rows
 
-__all__ = ["DistillationConfig", "DistillationPart", "soft_label_loss"]
+__all__ = ["DistillationConfig", "DistillationPart", "OtherTokens", "soft_label_loss"]
 
 CACHE_FOLDER = "teacher_cache"
 
@@ -128,6 +135,8 @@ class DistillationPart(Part):
         config: What is learnt.
         teacher: One teacher, or several; they are frozen and put in evaluation mode.
         cache_dir: Where outputs are kept with `config.cache`; by default in the training's output folder.
+        tokens: What the teacher reads, where it has another tokenizer; a list with one entry a teacher, None for
+            those with the student's.
     """
 
     def __init__(
@@ -135,11 +144,17 @@ class DistillationPart(Part):
         config: DistillationConfig,
         teacher: PreTrainedModel | Sequence[PreTrainedModel],
         cache_dir: Path | None = None,
+        tokens: OtherTokens | Sequence[OtherTokens | None] | None = None,
     ) -> None:
         self.config = config
         self.label_weight = config.hard
-        self.numbered = config.cache
         self.teachers = [teacher] if isinstance(teacher, PreTrainedModel) else list(teacher)
+        several = [tokens] * len(self.teachers) if tokens is None or isinstance(tokens, OtherTokens) else list(tokens)
+        if len(several) != len(self.teachers):
+            raise CompressionError(f"tokens has {len(several)} entries for {len(self.teachers)} teachers")
+        self._tokens = several
+        self.numbered = config.cache or any(several)
+        self._rows: Rows | None = None
         for each in self.teachers:
             each.eval().requires_grad_(False)
         self._names = [type(each).__name__ for each in self.teachers]
@@ -148,7 +163,7 @@ class DistillationPart(Part):
             raise CompressionError(f"teacher_weights has {len(weights)} entries for {len(self._names)} teachers")
         self._shares = [weight / sum(weights) for weight in weights]
         self._cache_dir = cache_dir
-        self._sources: list[LiveTeacher | TeacherCache] = []
+        self._sources: list[Source] = []
         self._orders: list[list[int] | None] = []
         self._between: Intermediate | None = None
         self._model: PreTrainedModel | None = None
@@ -165,6 +180,7 @@ class DistillationPart(Part):
         """
         if rows is not None:
             check_rows(rows.dataset, model, needs_labels=self.config.hard > 0)
+        self._rows = rows
         if self._sources and self._model is model:
             return
         self._match(model)
@@ -175,8 +191,9 @@ class DistillationPart(Part):
         root = self._cache_dir or rows.folder / CACHE_FOLDER
         for index, asked in enumerate(self._asked()):
             teacher = self.teachers[index].to(rows.device)  # type: ignore[arg-type]
-            made = fill(teacher, asked, rows, root, top_k=self.config.cache_top_k, temperature=self.config.temperature)
-            self._sources.append(made)
+            read = tokens.rows(rows) if (tokens := self._tokens[index]) else rows
+            made = fill(teacher, asked, read, root, top_k=self.config.cache_top_k, temperature=self.config.temperature)
+            self._sources.append(self._translated(made, index))
         self.teachers = []  # they need no memory from here on
 
     def _match(self, model: PreTrainedModel) -> None:
@@ -188,12 +205,34 @@ class DistillationPart(Part):
         for source in self._sources:
             source.close()
         self._model, self._sources = model, []
-        self._orders = [label_order(model, teacher) for teacher in self.teachers]
+        self._orders = [self._order(model, *each) for each in zip(self.teachers, self._tokens, strict=True)]
         self._between = Intermediate(self.config, model, self.teachers[0]) if any(self.config.between) else None
+        if self.config.cache and model.loss_type == "ForQuestionAnswering":
+            raise CompressionError(
+                "answers to questions are said about each token, and are not cached", hint="Set cache: false."
+            )
         if self.config.cache and self._between and model.config.is_encoder_decoder:
             raise CompressionError(
                 "hidden states of encoder-decoders are not cached", hint="Set hidden and embeddings to 0, or no cache."
             )
+
+    def _order(self, model: PreTrainedModel, teacher: PreTrainedModel, tokens: OtherTokens | None) -> list[int] | None:
+        if tokens is not None:
+            outputs, attention = self.config.soft > 0, self.config.attention > 0
+            refuse_what_tokens_cannot_say(model, teacher, outputs=outputs, attention=attention)
+            if not outputs:
+                return None
+        return label_order(model, teacher, same_tokens=tokens is None)
+
+    def _translated(self, source: LiveTeacher | TeacherCache, index: int) -> Source:
+        tokens = self._tokens[index]
+        if tokens is None:
+            return source
+        if self._rows is None:
+            raise CompressionError("a training set that is a stream has no texts that another tokenizer could cut")
+        if len(self._rows) != len(tokens.texts):
+            raise CompressionError(f"there are {len(tokens.texts)} texts for {len(self._rows)} training rows")
+        return TranslatedTeacher(source, tokens, tokens.rows(self._rows), self.teachers[index])
 
     def _asked(self) -> list[Asked]:
         first = self._between.asked if self._between else Asked()
@@ -215,8 +254,8 @@ class DistillationPart(Part):
             for teacher in self.teachers:
                 if teacher.device != device:
                     teacher.to(device)  # type: ignore[arg-type]
-            pairs = zip(self.teachers, self._asked(), strict=True)
-            self._sources = [LiveTeacher(teacher, asked) for teacher, asked in pairs]
+            pairs = enumerate(zip(self.teachers, self._asked(), strict=True))
+            self._sources = [self._translated(LiveTeacher(*each), index) for index, each in pairs]
         if self._between:
             self._between.begin(model, device)
         self._stage_steps = round(total_steps * self.config.stage)
@@ -263,7 +302,10 @@ class DistillationPart(Part):
                 continue
             signals = source.signals(inputs, counted, ids)  # type: ignore[arg-type]
             if compares_outputs:
-                loss = self._shares[index] * self._output_loss(inputs, outputs, signals, self._orders[index], counted)
+                order, at = self._orders[index], counted
+                if counted is not None and signals.aligned is not None:
+                    at = counted & signals.aligned
+                loss = self._shares[index] * self._output_loss(inputs, outputs, signals, order, at)
                 terms["soft"] = terms["soft"] + loss if index else loss
             if not index and self._compares_between and self._between:
                 terms |= self._between.losses(self._student, inputs, outputs, signals)
@@ -279,7 +321,7 @@ class DistillationPart(Part):
         order: list[int] | None,
         counted: torch.Tensor | None,
     ) -> torch.Tensor:
-        student, teacher = at_positions(outputs["logits"], counted), taught.logits
+        student, teacher = at_positions(output_logits(outputs, inputs), counted), taught.logits
         assert teacher is not None
         config, temperature = self._student.config, self.config.temperature
         if taught.indices is not None:
@@ -324,7 +366,7 @@ def _part(config: DistillationConfig, context: Context) -> DistillationPart:
     teachers = context.teacher
     if teachers is None or (not isinstance(teachers, PreTrainedModel) and len(teachers) == 0):
         raise CompressionError("distillation needs a teacher", hint="Pass teacher=..., a fine-tuned model.")
-    return DistillationPart(config, teachers, context.cache_dir)
+    return DistillationPart(config, teachers, context.cache_dir, context.teacher_tokens)
 
 
 register(

@@ -27,6 +27,7 @@ class Context:
     Attributes:
         calibration: Batches of model inputs (with `labels` where a method scores by loss).
         teacher: The model that a distilling part learns from, or several.
+        teacher_tokens: What the teacher reads, where it has another tokenizer than the model (`OtherTokens`).
         cache_dir: Where what took long may be kept and found again, such as what teachers say and statistics of
             calibration data; runs may share it. Without it teachers use a folder in the training's output.
         tokenizer: The model's tokenizer; a method that changes it changes it in place.
@@ -35,6 +36,7 @@ class Context:
 
     calibration: Sequence[Batch] = ()
     teacher: PreTrainedModel | Sequence[PreTrainedModel] | None = None
+    teacher_tokens: Any = None
     cache_dir: Path | None = None
     tokenizer: PreTrainedTokenizerBase | None = None
     texts: Sequence[str] = ()
@@ -53,6 +55,7 @@ class Method:
         part: Makes the method's part of a Trainer, or None where it only works at once.
         needs_float: Whether it must see float weights, so that it cannot follow quantization.
         quantizes: Whether it leaves weights that are no longer float.
+        trains_quantized: Whether its step can train a quantized model.
     """
 
     name: str
@@ -62,6 +65,7 @@ class Method:
     part: Callable[[Any, Context], Part] | None = None
     needs_float: bool = True
     quantizes: bool = False
+    trains_quantized: bool = False
 
 
 @dataclass

@@ -27,6 +27,7 @@ from hfcompress.methods.resuming import (
     write_manifest,
 )
 from hfcompress.methods.training import EXAMPLE_ID, NumberedRows, Part, Rows, shifts_labels
+from hfcompress.modeling.adapters import load_adapters
 from hfcompress.modeling.checkpoint import replace_directory
 
 PARTS_FILE = "hfcompress_parts.safetensors"
@@ -72,6 +73,8 @@ class CompressionTrainer(Trainer):
         model: The student.
         args: Trainer's arguments.
         teacher: The model to learn from, or several; frozen, in evaluation mode, never saved.
+        teacher_tokens: What the teacher reads, where it has another tokenizer than the student: an `OtherTokens`, or
+            one (or None) for each of several teachers.
         distillation: Adds a distilling part.
         pruning: Adds a pruning part.
         cache_dir: Where what teachers say is kept with `DistillationConfig(cache=True)`; runs may share it. By
@@ -91,13 +94,15 @@ class CompressionTrainer(Trainer):
         args: TrainingArguments | None = None,
         *,
         teacher: PreTrainedModel | Sequence[PreTrainedModel] | None = None,
+        teacher_tokens: Any = None,
         distillation: Config | None = None,
         pruning: Config | None = None,
         cache_dir: str | Path | None = None,
         parts: Sequence[Part] = (),
         **kwargs: Any,
     ) -> None:
-        context = Context(teacher=teacher, cache_dir=Path(cache_dir) if cache_dir else None)
+        place = Path(cache_dir) if cache_dir else None
+        context = Context(teacher=teacher, teacher_tokens=teacher_tokens, cache_dir=place)
         made: list[Part] = []
         for config in (distillation, pruning):
             if config is not None:
@@ -110,6 +115,9 @@ class CompressionTrainer(Trainer):
         self._terms: dict[str, torch.Tensor] = {}
         self._terms_seen = 0
         self._window: list[torch.Tensor | None] = []
+        if model is not None:
+            for part in self.parts:
+                part.prepare(model)
         super().__init__(model, args, **kwargs)  # type: ignore[arg-type]
         # Trainer counts the labels of a whole accumulation window only for models that take the count.
         # Here compute_loss takes it instead, for every model.
@@ -319,13 +327,15 @@ class CompressionTrainer(Trainer):
             )
         require_same_shape(checkpoint, self.accelerator.unwrap_model(self.model))
         self._resume_from = checkpoint
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if not load_adapters(self.accelerator.unwrap_model(self.model), checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self) -> None:
         checkpoint = Path(str(self.state.best_model_checkpoint))
         require_whole(checkpoint)
         require_same_shape(checkpoint, self.accelerator.unwrap_model(self.model))
-        super()._load_best_model()
+        if not load_adapters(self.accelerator.unwrap_model(self.model), checkpoint):
+            super()._load_best_model()
 
     def _get_output_dir(self, trial: Any) -> str:
         folder = super()._get_output_dir(trial)

@@ -437,3 +437,30 @@ def test_families_are_compared_layer_by_layer(family: str, head: str | None) -> 
         assert terms.keys() == {"soft", "hidden", "embeddings", "attention", "relations"}
         for name, value in terms.items():
             assert (value > 1e-4) if seed == 0 else (abs(value) < 1e-4), name
+
+
+def question_answerer(seed: int) -> Any:
+    torch.manual_seed(seed)
+    return make("bert", "QuestionAnswering")
+
+
+def test_starts_and_ends_of_answers_are_learnt_over_the_real_tokens(tmp_path: Path) -> None:
+    student, teacher = question_answerer(0), question_answerer(1)
+    batch = {
+        "input_ids": torch.randint(5, 20, (2, 7), generator=torch.Generator().manual_seed(0)),
+        "attention_mask": torch.tensor([[1] * 7, [1] * 4 + [0] * 3]),
+        "start_positions": torch.tensor([1, 2]),
+        "end_positions": torch.tensor([3, 2]),
+    }
+    with torch.no_grad():
+        outputs, said = (model(**batch) for model in (student, teacher))
+    wanted = []
+    for name in ("start_logits", "end_logits"):
+        for row, tokens in enumerate((7, 4)):
+            own, other = (getattr(each, name)[row, :tokens] / 2 for each in (outputs, said))
+            wanted.append(torch.nn.functional.kl_div(own.log_softmax(-1), other.softmax(-1), reduction="sum"))
+    part = DistillationPart(DistillationConfig(soft=1, hard=0), teacher)
+    part.begin(student, 1, CPU)
+    torch.testing.assert_close(part.losses(batch, outputs)["soft"], 4 * torch.stack(wanted).mean())
+    with pytest.raises(CompressionError, match="cache: false"):
+        DistillationPart(DistillationConfig(cache=True), teacher).before_training(student, None)

@@ -67,17 +67,22 @@ def _labels(dataset: Any) -> list[Any] | None:
     return None
 
 
-def label_order(student: PreTrainedModel, teacher: PreTrainedModel) -> list[int] | None:
+def label_order(student: PreTrainedModel, teacher: PreTrainedModel, *, same_tokens: bool = True) -> list[int] | None:
     """Returns the teacher's output for each of the student's labels, by name; None where tokens are predicted.
+
+    Args:
+        student: The student.
+        teacher: The teacher.
+        same_tokens: Whether both read the same tokens, as they must where the teacher is not told the texts.
 
     Raises:
         CompressionError: Labels, vocabularies or kinds of outputs differ.
     """
     ours, theirs = student.config, teacher.config
-    if getattr(ours, "vocab_size", None) != getattr(theirs, "vocab_size", None):
+    if same_tokens and getattr(ours, "vocab_size", None) != getattr(theirs, "vocab_size", None):
         raise CompressionError(
             f"the teacher's vocabulary has {theirs.vocab_size} tokens, the student's {ours.vocab_size}",
-            hint="Teacher and student must share a tokenizer.",
+            hint="Say what it reads: teacher_tokens=OtherTokens(texts, student_tokenizer, teacher_tokenizer).",
         )
     if is_token_level(student) != is_token_level(teacher):
         raise CompressionError(

@@ -179,7 +179,7 @@ class Intermediate:
         compare = HIDDEN_LOSSES[self.config.hidden_loss]
         for own, other in self._hidden:
             states = self._project(at_place(outputs, "hidden_states", own), own)
-            mask = token_mask(model, inputs, states.shape[:2], own[0])
+            mask = _compared(taught, token_mask(model, inputs, states.shape[:2], own[0]))
             values = mean_over_tokens(compare(states, taught.hidden[other]), mask)
             is_embeddings = self.weights.embeddings and own[1] == 0 and other[1] == 0
             found.setdefault("embeddings" if is_embeddings else "hidden", []).append(values)
@@ -190,7 +190,7 @@ class Intermediate:
             found.setdefault("attention", []).append(values)
         if self._tap:
             ours = self._tap.take()
-            mask = token_mask(model, inputs, ours[0].shape[:2], next(iter(depths(model))))
+            mask = _compared(taught, token_mask(model, inputs, ours[0].shape[:2], next(iter(depths(model)))))
             found["relations"] = [
                 relation_divergence(own, other, self.relation_heads, mask)
                 for own, other in zip(ours, taught.relations, strict=True)
@@ -217,6 +217,10 @@ class Intermediate:
     def load_state(self, state: Mapping[str, torch.Tensor]) -> None:
         """Takes them back in place, where the optimizer knows them."""
         self.projections.load_state_dict(dict(state))
+
+
+def _compared(taught: Signals, mask: torch.Tensor) -> torch.Tensor:
+    return mask if taught.aligned is None else mask & taught.aligned
 
 
 def _module_name(place: Place) -> str:

@@ -15,6 +15,7 @@ from hfcompress.modeling.anatomy import AttentionBlock, attention_blocks
 
 # A place among the hidden states or attentions of a model's outputs: the stack's prefix and the layer.
 Place = tuple[str, int]
+_NOTHING_EXPECTED = -1e4  # far below any logit, and still a number in 16 bits
 QUERY_KEY_VALUE = ("query", "key", "value")
 
 
@@ -46,12 +47,14 @@ class Signals:
     """What was asked for.
 
     Attributes:
-        logits: At the positions that count, `(positions, outputs)`; or, where only the largest are known, the
-            log-probabilities `(positions, k)` of the classes in `indices`.
+        logits: At the positions that count, `(positions, outputs)`, or as `output_logits` has them; where only the
+            largest are known, the log-probabilities `(positions, k)` of the classes in `indices`.
         indices: int64, `(positions, k)`, or None.
         hidden: By place, `(batch, tokens, width)`.
         attentions: By place, `(batch, heads, tokens, tokens)`.
         relations: Queries, keys and values, each `(batch, tokens, width)`.
+        aligned: The student's tokens that all this is about, bool `(batch, tokens)`, where the teacher reads other
+            tokens; None where it reads the same.
     """
 
     logits: torch.Tensor | None = None
@@ -59,6 +62,7 @@ class Signals:
     hidden: Mapping[Place, torch.Tensor] = field(default_factory=dict)
     attentions: Mapping[Place, torch.Tensor] = field(default_factory=dict)
     relations: tuple[torch.Tensor, ...] = ()
+    aligned: torch.Tensor | None = None
 
 
 # Positions
@@ -125,6 +129,24 @@ def example_weights(model: PreTrainedModel, inputs: Mapping[str, torch.Tensor]) 
         return counted.sum(1).float()
     some = next(value for value in inputs.values() if isinstance(value, torch.Tensor))
     return torch.ones(some.shape[0], device=some.device)
+
+
+def output_logits(outputs: Any, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Returns what a model says about its outputs.
+
+    Args:
+        outputs: The model's.
+        inputs: The batch.
+
+    Returns:
+        Its logits; for question answering those of starts and ends over the tokens, `(batch, 2, tokens)`, at padding
+        so low that nothing is expected there.
+    """
+    if "start_logits" not in outputs:
+        return outputs["logits"]
+    both = torch.stack((outputs["start_logits"], outputs["end_logits"]), dim=1)
+    mask = inputs.get("attention_mask")
+    return both if mask is None else both.masked_fill(~mask.bool().unsqueeze(1), _NOTHING_EXPECTED)
 
 
 def at_positions(logits: torch.Tensor, counted: torch.Tensor | None) -> torch.Tensor:
@@ -220,7 +242,7 @@ class LiveTeacher:
         """
         outputs = run_teacher(self.model, inputs, self.asked)
         return Signals(
-            logits=at_positions(outputs["logits"], counted) if self.asked.logits else None,
+            logits=at_positions(output_logits(outputs, inputs), counted) if self.asked.logits else None,
             hidden={place: at_place(outputs, "hidden_states", place) for place in self.asked.hidden},
             attentions={(name, n): outputs[f"{name}attentions"][n - 1] for name, n in self.asked.attentions},
             relations=self._tap.take() if self._tap else (),
