@@ -96,7 +96,7 @@ def export(
         str | None, typer.Option("--embeddings", help="float, int8 or int4; int8 where --int8 is given.")
     ] = None,
     target: Annotated[
-        str, typer.Option("--target", help="avx2, avx512-vnni or arm64, for 8-bit ONNX graphs.")
+        str, typer.Option("--target", help="avx2, avx512-vnni, amx or arm64, for 8-bit ONNX graphs.")
     ] = "avx512-vnni",
     floor: Annotated[
         float | None,
@@ -165,6 +165,31 @@ def densify(
 ) -> None:
     """Write a checkpoint in stock shapes, for servers that know only stock models; it is as large as the original."""
     _call("densify", debug, directory=directory, output=output)
+
+
+@app.command()
+def factorize(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A stock checkpoint.", show_default=False)],
+    output: Annotated[Path, typer.Argument(metavar="OUT", help="A new folder.", show_default=False)],
+    keep: Annotated[float | None, typer.Option("--keep", help="Share of the parameters that each layer keeps.")] = None,
+    rank: Annotated[int | None, typer.Option("--rank", help="The rank of every layer.")] = None,
+    energy: Annotated[
+        float | None, typer.Option("--energy", help="Share of the squared singular values that each layer keeps.")
+    ] = None,
+    targets: Annotated[
+        list[str] | None, typer.Option("--target", help="attention, ffn, linear, ...; may be given several times.")
+    ] = None,
+    pivoted: Annotated[bool, typer.Option("--pivoted", help="Say outputs by other outputs: higher ranks.")] = False,
+    shard_size: Annotated[str, typer.Option("--shard-size", help="Largest weight file that is written.")] = "2GB",
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no logs.")] = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Split the layers of a checkpoint that need not fit into memory, by plain singular value decomposition."""
+    given = {"keep": keep, "rank": rank, "energy": energy, "targets": targets, "pivoted": pivoted or None}
+    settings = {name: value for name, value in given.items() if value is not None}
+    options = {"settings": settings, "shard_size": shard_size, "quiet": quiet, "as_json": as_json}
+    _call("factorize", debug, directory=directory, output=output, **options)
 
 
 @app.command()

@@ -5,31 +5,30 @@ Results go to stdout; progress, logs and hints go to stderr, so that `--json` ca
 
 from __future__ import annotations
 
-import contextlib
 import json
-import logging
-import os
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from hfcompress.errors import CheckpointError, ConfigError, DataError, Problem
+from hfcompress.errors import CheckpointError, ConfigError, Problem
+from hfcompress.terminal import (
+    REPORT_FILE,
+    console,
+    fields_table,
+    show_plan,
+    show_progress,
+    show_result,
+    stdout_kept_clean,
+)
 
 if TYPE_CHECKING:
     import torch
 
-    from hfcompress.configuration import Config
     from hfcompress.deployment import Pipeline
-    from hfcompress.evaluation.report import Report
-    from hfcompress.recipe import Recipe
     from hfcompress.tasks import Task
-
-REPORT_FILE = "report.json"
 
 
 def run(
@@ -51,17 +50,17 @@ def run(
     loaded = load_recipe(recipe, overrides)
     folder = output or Path("runs") / loaded.name
     if plan:
-        _show_plan(loaded, folder, as_json)
+        show_plan(loaded, folder, as_json)
         return
     from hfcompress import pipeline
 
-    _show_progress(quiet)
-    with _stdout_kept_clean(quiet):
+    show_progress(quiet)
+    with stdout_kept_clean(quiet):
         report = pipeline.run(loaded, folder, quiet)
     if as_json:
         print(report.to_json())
         return
-    _show_result(report, folder)
+    show_result(report, folder)
 
 
 def evaluate(
@@ -93,7 +92,7 @@ def evaluate(
     if submission is not None:
         _submit(directory, chosen, submission, data, {"batch_size": batch_size, "max_length": length}, quiet, as_json)
         return
-    with _stdout_kept_clean(quiet):
+    with stdout_kept_clean(quiet):
         model = kind.load(directory)
         tokenizer = kind.load_processor(directory)
         split = load_data(chosen, data, progress=not quiet)[chosen.evaluation_split]
@@ -111,7 +110,7 @@ def evaluate(
     table.add_column("value", justify="right")
     for key, value in metrics.items():
         table.add_row(escape(key), "n/a" if value is None else f"{value:.4f}")
-    _console().print(table)
+    console().print(table)
 
 
 def _submit(
@@ -128,7 +127,7 @@ def _submit(
     from hfcompress.tasks.data import read_splits
 
     files_of(task)  # says so before anything is loaded where GLUE has no such file
-    with _stdout_kept_clean(quiet):
+    with stdout_kept_clean(quiet):
         splits = read_splits(task, data, progress=not quiet)
         kind = kind_of(task)
         model, tokenizer = kind.load(directory), kind.load_processor(directory)
@@ -156,16 +155,17 @@ def export(
     """
     from hfcompress.deployment import ExportConfig
     from hfcompress.deployment import export as write
+    from hfcompress.tasks import get_task
 
     config = ExportConfig(**how)
     _require_checkpoint(directory)
-    with _stdout_kept_clean(quiet):
+    with stdout_kept_clean(quiet):
         batches, score = [], None
         if config.int8 == "static" or config.floor is not None:
             recorded = _recorded(directory)
-            name = _task_name(task, recorded)
+            chosen = recorded["described"] if task is None and recorded else get_task(_task_name(task, recorded))
             length = max_length or recorded.get("max_length", 128)
-            batches, score = _export_data(directory, name, data, calibration, length, quiet)
+            batches, score = _export_data(directory, chosen, data, calibration, length, quiet)
         made = write(directory, output, config, calibration=batches, score=score)
     facts = {
         "folder": str(made.folder),
@@ -184,53 +184,26 @@ def export(
     for key, value in facts.items():
         shown = f"{value:,}" if isinstance(value, int) else f"{value:.3g}" if isinstance(value, float) else value
         table.add_row(key.replace("_", " "), escape("n/a" if shown is None else shown))
-    _console().print(table)
-
-
-_SCORED_EXAMPLES = 1024
+    console().print(table)
 
 
 def _export_data(
-    directory: Path, name: str, data: str | None, calibration: int, max_length: int, quiet: bool
+    directory: Path, task: Task, data: str | None, calibration: int, max_length: int, quiet: bool
 ) -> tuple[list[dict[str, torch.Tensor]], Callable[[Pipeline], float]]:
     """Returns calibration batches and a score, on two parts of the task's training data."""
-    import numpy as np
-    from transformers import AutoConfig, AutoTokenizer
-
+    from hfcompress.deployment.calibration import calibration_data
+    from hfcompress.evaluation.metrics import answered
     from hfcompress.evaluation.metrics import score as measure
-    from hfcompress.tasks import align_labels, get_task, load_data, preprocess
 
-    chosen = get_task(name)
-    if chosen.kind not in ("classification", "regression"):
-        raise DataError(f"task '{name}': calibrating an export is known for sentence classification alone")
-    if chosen.training_split is None:
-        raise DataError(f"task '{name}' has no training data to calibrate on", hint="Choose a task that has.")
-    tokenizer = AutoTokenizer.from_pretrained(directory)
-    stock = AutoConfig.from_pretrained(directory)
-    label2id = cast("dict[str, int]", stock.label2id) if chosen.labels else None
-    ids = align_labels(chosen, label2id)
-    split = load_data(chosen, data, progress=not quiet)[chosen.training_split].shuffle(seed=0)
-    rows = split.select(range(min(len(split), calibration + _SCORED_EXAMPLES)))
-    rows = preprocess(rows, chosen, tokenizer, max_length=max_length, label2id=label2id)
-    size = 16
-    parts = [rows[start : start + size] for start in range(0, len(rows), size)]
-    inputs = [column for column in tokenizer.model_input_names if column in rows.column_names]
-    padded = [tokenizer.pad({column: part[column] for column in inputs}, return_tensors="pt") for part in parts]
-    edge = min(-(-calibration // size), len(padded) - 1)
-    held = [part["labels"] for part in parts[edge:]]
-    task_ids = {model_id: task_id for task_id, model_id in enumerate(ids)}
-
-    def score(pipeline: Pipeline) -> float:
-        batches = [{column: value.numpy() for column, value in batch.items()} for batch in padded[edge:]]
-        logits = np.concatenate([pipeline.run(batch) for batch in batches])
-        labels = [label for part in held for label in part]
-        metric = chosen.metrics[:1]
-        if not chosen.labels:
-            return measure(metric, logits[:, 0].tolist(), labels)[metric[0]]
-        found = [task_ids[index] for index in logits.argmax(-1).tolist()]
-        return measure(metric, found, [task_ids[label] for label in labels])[metric[0]]
-
-    return [dict(batch) for batch in padded[:edge]], score
+    return calibration_data(
+        directory,
+        task,
+        data,
+        examples=calibration,
+        max_length=max_length,
+        measure=lambda name, given: measure([name], answered(name, given), given.references)[name],
+        progress=not quiet,
+    )
 
 
 def verify(*, directory: Path, original: str | None, data: str | None, quiet: bool, as_json: bool) -> bool:
@@ -244,7 +217,7 @@ def verify(*, directory: Path, original: str | None, data: str | None, quiet: bo
     from hfcompress import verification
 
     _require_checkpoint(directory)
-    with _stdout_kept_clean(quiet):
+    with stdout_kept_clean(quiet):
         checks = verification.verify(directory, original=original, data=data, progress=not quiet)
     whole = verification.holds(checks)
     if as_json:
@@ -255,10 +228,10 @@ def verify(*, directory: Path, original: str | None, data: str | None, quiet: bo
     for check in checks:
         state = f"[{colours[check.state]}]{check.state}[/]"
         table.add_row(escape(check.figure), state, escape(check.said))
-    console = _console()
-    console.print(table)
+    screen = console()
+    screen.print(table)
     counted = {state: sum(check.state == state for check in checks) for state in colours}
-    console.print(", ".join(f"{count} {state}" for state, count in counted.items()))
+    screen.print(", ".join(f"{count} {state}" for state, count in counted.items()))
     return whole
 
 
@@ -294,6 +267,24 @@ def densify(*, directory: Path, output: Path) -> None:
     _require_checkpoint(directory)
     write_dense(directory, output)
     print(output)
+
+
+def factorize(
+    *, directory: Path, output: Path, settings: Mapping[str, Any], shard_size: str, quiet: bool, as_json: bool
+) -> None:
+    """Factorises a checkpoint matrix by matrix, and copies the files that go with its weights.
+
+    Raises:
+        HFCompressError: The folder holds no stock checkpoint, an option is not right, or `output` holds something.
+    """
+    from hfcompress.methods.low_rank.config import LowRankConfig
+    from hfcompress.methods.low_rank.streaming import stream_factorize
+
+    _require_checkpoint(directory)
+    config = LowRankConfig(method="svd", **settings)
+    with stdout_kept_clean(quiet):
+        found = stream_factorize(directory, output, config, max_shard_size=shard_size, progress=not quiet)
+    print(json.dumps(found, indent=2) if as_json else output)
 
 
 def compare(*, directories: Sequence[Path], output: Path) -> None:
@@ -338,7 +329,7 @@ def push(*, directory: Path, target: Mapping[str, Any]) -> None:
 
     checked = PushConfig(**target)
     _require_checkpoint(directory)
-    with _stdout_kept_clean(quiet=False):
+    with stdout_kept_clean(quiet=False):
         url = upload(directory, checked.repo, **checked.options())
     print(url)
 
@@ -362,65 +353,11 @@ def methods(*, as_json: bool) -> None:
     if as_json:
         print(json.dumps(found, indent=2, allow_nan=False))
         return
-    console = _console()
+    screen = console()
     for name, facts in found.items():
         ways = f" [dim]({', '.join(facts['works'])})[/dim]" if facts["works"] else ""
-        console.print(f"\n[bold]{escape(name)}[/bold]: {escape(facts['summary'])}{ways}")
-        console.print(_fields_table(facts["fields"]))
-
-
-def _fields_table(fields: Sequence[Mapping[str, Any]]) -> Table:
-    table = Table(box=None, padding=(0, 1))
-    table.add_column("field", no_wrap=True)
-    for heading in ("type", "default", "allowed", "meaning"):
-        table.add_column(heading)
-    for entry in fields:
-        default = "required" if entry["required"] else json.dumps(entry["default"])
-        cells = (entry["name"], entry["type"], default, entry["allowed"], entry["description"])
-        table.add_row(*(escape(cell) for cell in cells))
-    return table
-
-
-def _show_plan(recipe: Recipe, folder: Path, as_json: bool) -> None:
-    from hfcompress.methods.registry import method_of
-
-    if as_json:
-        print(json.dumps(recipe.to_dict(), indent=2, allow_nan=False))
-        return
-    table = Table("step", "how", "what differs from the defaults")
-    table.title = escape(f"{recipe.name}: {recipe.model} on {recipe.described_task.name}")
-    for step in recipe.steps:
-        parts: dict[str, Config] = {method_of(config).name: config for config in step.methods}
-        how = "at once"
-        if step.training is not None:
-            parts["training"], how = step.training, "in training"
-        chosen = {name: part.model_dump(mode="json", exclude_defaults=True) for name, part in parts.items()}
-        lines = [f"{name}: {json.dumps(fields)}" for name, fields in chosen.items()]
-        table.add_row(escape(step.name), how, escape("\n".join(lines)))
-    console = _console()
-    console.print(table)
-    console.print(escape(f"output: {folder}"), soft_wrap=True)
-
-
-def _show_result(report: Report, folder: Path) -> None:
-    from hfcompress.tasks import kind_of, task_of
-
-    console = _console()
-    console.print(report.table())
-    console.print(escape(f"checkpoint: {folder}"), soft_wrap=True)
-    console.print(escape(f"card:       {folder / 'README.md'}"), soft_wrap=True)
-    console.print(escape(f"page:       {folder / 'report.html'}"), soft_wrap=True)
-    console.print(escape(f"report:     {folder / REPORT_FILE}"), soft_wrap=True)
-    print("\nimport hfcompress")
-    auto = kind_of(task_of(report.task, report.recipe)).auto_class
-    print(f"from transformers import {auto}")
-    print(f"model = {auto}.from_pretrained({str(folder)!r})")
-
-
-def _console() -> Console:
-    """A console of 100 columns where nobody says how wide it is (a pipe, a log file)."""
-    known = sys.stdout.isatty() or "COLUMNS" in os.environ
-    return Console(highlight=False, width=None if known else 100)
+        screen.print(f"\n[bold]{escape(name)}[/bold]: {escape(facts['summary'])}{ways}")
+        screen.print(fields_table(facts["fields"]))
 
 
 def _require_checkpoint(directory: Path) -> None:
@@ -451,34 +388,3 @@ def _task_name(task: str | None, recorded: Mapping[str, Any]) -> str:
         problem = Problem(("--task",), "is required, because the folder holds no report that names one")
         raise ConfigError("the command", (problem,))
     return name
-
-
-def _show_progress(quiet: bool) -> None:
-    """Shows what the package says of its steps on stderr."""
-    from rich.logging import RichHandler
-
-    ours = logging.getLogger("hfcompress")
-    ours.setLevel(logging.ERROR if quiet else logging.INFO)
-    if not ours.handlers:
-        console = Console(stderr=True)
-        ours.addHandler(RichHandler(console=console, show_level=False, show_path=False, log_time_format="%X"))
-        ours.propagate = False
-    # It says on import that an optional package for another kernel is not there.
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-
-
-@contextlib.contextmanager
-def _stdout_kept_clean(quiet: bool) -> Iterator[None]:
-    """Sends what libraries print (Trainer prints its logs) to stderr, or with `quiet` nowhere."""
-    if quiet:
-        import datasets
-        import transformers
-
-        transformers.logging.set_verbosity_error()
-        transformers.logging.disable_progress_bar()
-        datasets.disable_progress_bars()
-        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
-            yield
-    else:
-        with contextlib.redirect_stdout(sys.stderr):
-            yield

@@ -4,24 +4,23 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hfcompress.evaluation.cost import Speed, measure_grid, measure_speed, speed_inputs
+from hfcompress.evaluation.cost import Speed, cost_inputs, measure_grid, measure_speed
+from hfcompress.evaluation.layers import LayerCost, measure_layers
 from hfcompress.evaluation.report import describe_environment
 from hfcompress.evaluation.robustness import Robustness, evaluate_changed
 from hfcompress.evaluation.usage import Usage, measure_usage
 from hfcompress.recipe import Recipe
-from hfcompress.run_folder import COSTS, GRID, ROBUSTNESS, Done, key_of, read_json, write_json
+from hfcompress.run_folder import COSTS, GRID, LAYERS, ROBUSTNESS, Done, key_of, read_json, write_json
 from hfcompress.tasks import Task, kind_of
 
 if TYPE_CHECKING:
-    import torch
     from datasets import Dataset
-    from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +53,7 @@ class Costing:
             original = original or self._kind.load(done[0].checkpoint)
             model = self._kind.load(each.checkpoint)
             size, length = self._asked.speed_batch_size, self._asked.speed_sequence_length
-            inputs = self._inputs(original, model, size, length)
+            inputs = cost_inputs(self._kind, (original, model), size, length)
             speed = None
             if each is not done[0]:
                 speed = measure_speed(original, model, inputs, repeats=self._asked.speed_repeats)
@@ -82,13 +81,29 @@ class Costing:
         grid = measure_grid(
             original,
             model,
-            partial(self._inputs, original, model),
+            partial(cost_inputs, self._kind, (original, model)),
             batch_sizes=asked.grid_batch_sizes,
             sequence_lengths=lengths,
             repeats=max(3, asked.speed_repeats // 2),
         )
         write_json(file, {"key": key, "grid": [asdict(speed) for speed in grid]})
         return grid
+
+    def layers(self, first: Done, last: Done) -> tuple[LayerCost, ...]:
+        """Times the result's linear layers beside the original's, on the batch of the speed measurement."""
+        asked, file = self._asked, last.folder / LAYERS
+        how = (asked.speed_batch_size, asked.speed_sequence_length)
+        key = key_of(first.key, last.key, how, describe_environment())
+        known = read_json(file)
+        if known and known["key"] == key:
+            return tuple(LayerCost.of_record(each) for each in known["layers"])
+        if last is first:
+            return ()
+        logger.info("timing the layers of %s", last.name)
+        original, model = self._kind.load(first.checkpoint), self._kind.load(last.checkpoint)
+        layers = measure_layers(original, model, cost_inputs(self._kind, (original, model), *how))
+        write_json(file, {"key": key, "layers": [asdict(each) for each in layers]})
+        return layers
 
     def robustness(self, first: Done, last: Done, rows: Dataset) -> tuple[Robustness, ...]:
         """Measures the original and the result on changed texts of `rows`."""
@@ -110,12 +125,6 @@ class Costing:
             Robustness(change=change, original=before, compressed=after)
             for change, (before, after) in known["scores"].items()
         )
-
-    def _inputs(
-        self, original: PreTrainedModel, model: PreTrainedModel, batch_size: int, length: int
-    ) -> Mapping[str, torch.Tensor]:
-        vocabulary = min(getattr(each.config, "vocab_size", 0) for each in (original, model))
-        return self._kind.speed_inputs(original.config, batch_size) or speed_inputs(vocabulary, batch_size, length)
 
 
 def _longest(processor: Any, config: Any) -> int:

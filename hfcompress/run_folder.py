@@ -30,6 +30,7 @@ ANSWERS = "answers.json"
 COSTS = "costs.json"
 GRID = "grid.json"
 ROBUSTNESS = "robustness.json"
+LAYERS = "layers.json"
 
 
 @dataclass(frozen=True)
@@ -98,8 +99,8 @@ def read_record(folder: Path, key: str, *, checkpoint: Path | None = None) -> di
     return record if whole else None
 
 
-def publish(checkpoint: Path, report: Report, answers: Sequence[Answers], output: Path) -> None:
-    """Makes the result's folder beside its place and moves it there whole."""
+def publish(checkpoint: Path, report: Report, answers: Sequence[Sequence[Answers]], output: Path) -> None:
+    """Makes the result's folder beside its place and moves it there whole; `answers` are those of every seed."""
     from hfcompress.publishing import write_documents
 
     scratch = output.with_name(f".{output.name}.partial")

@@ -22,12 +22,19 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
     ViTConfig,
     ViTForImageClassification,
+    Wav2Vec2Config,
+    Wav2Vec2CTCTokenizer,
+    Wav2Vec2FeatureExtractor,
+    Wav2Vec2ForCTC,
+    Wav2Vec2Processor,
 )
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
-from tests.workshop import NEVER_SAID, SPECIAL, WORDS, tiny_tokenizer
+from tests.workshop import NEVER_SAID, SPECIAL, WORDS, sentences, tiny_tokenizer
 
 VOCABULARY = SPECIAL + WORDS + NEVER_SAID
 BERT: dict[str, Any] = {
@@ -40,6 +47,7 @@ BERT: dict[str, Any] = {
     "hidden_dropout_prob": 0.0,
     "attention_probs_dropout_prob": 0.0,
 }
+SAMPLING_RATE = 1600
 ENTITIES = ("O", "B-thing", "I-thing", "B-verdict", "I-verdict")
 
 
@@ -109,6 +117,31 @@ def pictures(path: Path, count: int, seed: int) -> None:
     write_parquet(path, {"image": images, "label": labels})
 
 
+def summaries(path: Path, count: int, seed: int) -> None:
+    rows = sentences(count, seed)
+    write_parquet(
+        path,
+        {
+            "document": [row["sentence"] for row in rows],
+            "summary": [f"the film was {'good' if row['label'] else 'bad'}" for row in rows],
+        },
+    )
+
+
+def recordings(path: Path, count: int, seed: int) -> None:
+    """Each letter is a tone of its own, for 0.1 seconds, with a little noise."""
+    generator = np.random.default_rng(seed)
+    audio, said = [], []
+    for _ in range(count):
+        letters = generator.integers(0, 3, int(generator.integers(2, 5)))
+        moments = np.arange(SAMPLING_RATE // 10) / SAMPLING_RATE
+        tones = np.concatenate([np.sin(2 * np.pi * (60 + 120 * letter) * moments) for letter in letters])
+        noisy = tones + 0.01 * generator.standard_normal(len(tones))
+        audio.append({"array": noisy.tolist(), "sampling_rate": SAMPLING_RATE})
+        said.append(" ".join("ABC"[letter] for letter in letters))
+    write_parquet(path, {"audio": audio, "text": said})
+
+
 # Models with their processors
 
 
@@ -159,6 +192,54 @@ def seer(folder: Path) -> None:
     ViTImageProcessorPil(size={"height": 12, "width": 12}).save_pretrained(folder)
 
 
+def writer(folder: Path) -> None:
+    config = T5Config(
+        vocab_size=len(VOCABULARY),
+        d_model=64,
+        d_kv=16,
+        d_ff=96,
+        num_layers=2,
+        num_decoder_layers=2,
+        num_heads=4,
+        dropout_rate=0.0,
+        pad_token_id=0,
+        eos_token_id=VOCABULARY.index("[SEP]"),
+        decoder_start_token_id=0,
+    )
+    T5ForConditionalGeneration(config).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+
+
+def listener(folder: Path) -> None:
+    vocabulary = {name: at for at, name in enumerate(("<pad>", "<s>", "</s>", "<unk>", "|", "A", "B", "C"))}
+    config = Wav2Vec2Config(
+        vocab_size=len(vocabulary),
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=96,
+        conv_dim=(16, 16),
+        conv_stride=(5, 4),
+        conv_kernel=(10, 8),
+        num_feat_extract_layers=2,
+        num_conv_pos_embeddings=8,
+        num_conv_pos_embedding_groups=2,
+        feat_extract_norm="layer",
+        do_stable_layer_norm=True,
+        apply_spec_augment=False,
+        layerdrop=0.0,
+        ctc_loss_reduction="mean",
+        ctc_zero_infinity=True,
+        pad_token_id=0,
+    )
+    Wav2Vec2ForCTC(config).save_pretrained(folder)
+    (folder / "letters.json").write_text(json.dumps(vocabulary))
+    tokenizer = Wav2Vec2CTCTokenizer(str(folder / "letters.json"))
+    (folder / "letters.json").unlink()
+    extractor = Wav2Vec2FeatureExtractor(sampling_rate=SAMPLING_RATE, return_attention_mask=True)
+    Wav2Vec2Processor(feature_extractor=extractor, tokenizer=tokenizer).save_pretrained(folder)
+
+
 Maker = Callable[[Path], None]
 Writer = Callable[[Path, int, int], None]
 
@@ -169,6 +250,8 @@ KINDS: dict[str, tuple[dict[str, Any], Writer, Maker]] = {
     "token_classification": ({"labels": list(ENTITIES)}, tagged_words, tagger),
     "question_answering": ({}, questions, reader),
     "image_classification": ({"labels": ["dark", "light"], "metrics": ["accuracy", "f1"]}, pictures, seer),
+    "summarization": ({"answer_tokens": 8}, summaries, writer),
+    "speech_recognition": ({}, recordings, listener),
 }
 
 

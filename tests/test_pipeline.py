@@ -11,7 +11,7 @@ import torch
 from filelock import FileLock
 from transformers import AutoModelForSequenceClassification
 
-from hfcompress import pipeline
+from hfcompress import bench, pipeline
 from hfcompress.errors import DataError, RunFolderError
 from hfcompress.evaluation.answer_book import AnswerBook, seal
 from hfcompress.evaluation.report import Report
@@ -97,7 +97,7 @@ def test_a_second_run_does_no_step_again(
     place: Path, finished: tuple[Path, Report], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     output, report = finished
-    monkeypatch.setattr(pipeline._Bench, "_do", lambda *a, **k: pytest.fail("a finished step was done again"))
+    monkeypatch.setattr(bench.Bench, "_do", lambda *a, **k: pytest.fail("a finished step was done again"))
     assert comparable(pipeline.run(recipe(place), output, quiet=True)) == comparable(report)
 
 
@@ -112,14 +112,14 @@ def test_lost_answers_are_asked_for_again(place: Path, finished: tuple[Path, Rep
 def test_a_changed_step_is_done_again_with_all_after_it(place: Path, finished: tuple[Path, Report]) -> None:
     output, _ = finished
     done: list[str] = []
-    stock = pipeline._Bench._do
+    stock = bench.Bench._do
 
     def spy(self, step, *args, **kwargs):
         done.append(step.name)
         return stock(self, step, *args, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline._Bench, "_do", spy)
+        patch.setattr(bench.Bench, "_do", spy)
         pipeline.run(recipe(place, "steps.low_rank.keep=0.5"), output, quiet=True)
         assert done == ["low_rank", "quantization"]
         done.clear()
@@ -150,7 +150,7 @@ def deadly(rename):
         if seen[0] == count: os.kill(os.getpid(), signal.SIGKILL)
     return step
 from pathlib import Path
-from hfcompress import pipeline
+from hfcompress import bench, pipeline
 from hfcompress.recipe import load_recipe
 recipe = load_recipe(Path(sys.argv[1]), ())
 os.replace, os.rename = map(deadly, stock)

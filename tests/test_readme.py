@@ -40,6 +40,7 @@ def test_the_recipe_is_valid(tmp_path: Path) -> None:
     assert [step.name for step in recipe.steps] == ["fine_tune", "prune", "low_rank", "quantization"]
     (tmp_path / "more.yaml").write_text(block + more)
     whole = load_recipe(tmp_path / "more.yaml")
+    assert whole.all_seeds == (1, 2, 3) and whole.evaluation.metrics == ("precision", "roc_auc")
     assert whole.push is not None and whole.push.tag == "v1.0" and whole.evaluation.robustness == ("typos", "case")
     (tmp_path / "described.yaml").write_text(re.sub(r"^task:.*\n", description, block, flags=re.MULTILINE))
     assert load_recipe(tmp_path / "described.yaml").described_task.metrics == ("overall_f1",)

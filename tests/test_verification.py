@@ -18,7 +18,8 @@ from hfcompress.evaluation.cost import Speed
 from hfcompress.evaluation.report import Report
 from hfcompress.publishing import write_documents
 from hfcompress.recipe import load_recipe
-from hfcompress.verification import Measured, holds, judge, speeds_agree
+from hfcompress.verification import Measured, holds, judge, judging, speeds_agree
+from hfcompress.verification.documents import documents
 from tests.test_commands import invoke
 from tests.workshop import save_data, save_model
 
@@ -30,8 +31,9 @@ model: {model}
 task: sst2
 data: {data}
 max_length: 16
+seeds: [42, 7]
 evaluation:
-  {{batch_size: 16, speed_batch_size: 2, speed_sequence_length: 8, speed_repeats: 5,
+  {{metrics: [f1_macro], batch_size: 16, speed_batch_size: 2, speed_sequence_length: 8, speed_repeats: 5,
    groups: [sentence], robustness: [typos]}}
 steps:
   - low_rank: {{keep: 0.6}}
@@ -58,8 +60,9 @@ def measured(place: Path) -> Measured:
     assert found.speed is not None and found.speed.ratio > 0
     # Tiny models take microseconds, which a busy machine may double: here their speed holds, so that it is never
     # what makes another test's alteration fail.
-    stated = Report.from_json((place / "result" / "report.json").read_text()).rows[-1].speed
-    return replace(found, speed=stated)
+    report = Report.from_json((place / "result" / "report.json").read_text())
+    assert len(found.grid) == len(report.grid) > 0
+    return replace(found, speed=report.rows[-1].speed, grid=report.grid)
 
 
 @pytest.fixture
@@ -70,9 +73,9 @@ def result(place: Path, tmp_path: Path) -> Path:
 @pytest.fixture
 def remembering(monkeypatch: pytest.MonkeyPatch) -> None:
     """Scores the same answers once, however often they are judged."""
-    for name in ("score_task", "compare"):
+    for name in ("score_task", "compare", "over_seeds"):
         known: dict[str, Any] = {}
-        monkeypatch.setattr(verification, name, partial(remembered, known, getattr(verification, name)))
+        monkeypatch.setattr(judging, name, partial(remembered, known, getattr(judging, name)))
 
 
 def remembered(known: dict[str, Any], function: Any, *arguments: Any) -> Any:
@@ -131,6 +134,7 @@ def test_every_figure_of_the_report_altered_fails(result: Path, measured: Measur
 # What only the run itself could know, and is not in the folder any more.
 UNKNOWABLE = re.compile(
     r"format|grid\..*|robustness\.\d\.original\..*|environment\..*|recipe\..*|rows\.\d\.(seconds|findings\..*)|rows\.\d\.usage\.(memory|load_seconds|parts\..*)"
+    r"|layers\.\d+\.(original_)?seconds"
     r"|rows\.0\.bytes|rows\.1\.(bytes|parameters|usage\.operations)|rows\.\d\.speed\..*"
 )
 
@@ -181,7 +185,7 @@ def test_every_figure_of_a_document_altered_fails(name: str, every: int, result:
     for match in found[::every]:
         other = "7" if match[0] != "7" else "8"
         file.write_text(text[: match.start()] + other + text[match.end() :])
-        assert not holds(verification._documents(result, report)), match
+        assert not holds(documents(result, report)), match
     assert not holds(judge(result, measured))
     file.write_text(text)
     assert holds(judge(result, measured))
@@ -223,6 +227,8 @@ def test_other_weights_fail(place: Path, result: Path) -> None:
     assert {check.figure for check in checks if check.state == "not checked"} == {
         "original: parameters",
         "quantization: speed-up",
+        "quantization: speed-up of 1 x 32 tokens",
+        "quantization: speed-up of 8 x 32 tokens",
     }
 
 
@@ -262,6 +268,24 @@ def test_a_speed_up_that_is_not_there_fails(result: Path, measured: Measured) ->
     elsewhere = judge(result, replace(measured, speed=faster, environment={**measured.environment, "cpu": "another"}))
     assert holds(elsewhere)
     assert next(c for c in elsewhere if c.figure == "quantization: speed-up").state == "not checked"
+
+
+def test_a_report_of_an_earlier_version_holds_as_it_was_written(result: Path, measured: Measured) -> None:
+    """One without the fields that came later, sealed and drawn from as it was."""
+    whole = json.loads((result / "report.json").read_text())
+    for name in ("layers", "seeds"):
+        del whole[name]
+    for name in ("seeds", "seed"):
+        whole["recipe"].pop(name, None)
+    text = json.dumps(whole, indent=2) + "\n"
+    (result / "report.json").write_text(text)
+    book = AnswerBook.from_json((result / "predictions.json").read_text())
+    kept = json.loads(replace(book, report=seal(text)).to_json())
+    del kept["seeds"]
+    (result / "predictions.json").write_text(json.dumps(kept))
+    write_documents(result)
+    assert [check for check in judge(result, measured) if check.state == "fails"] == []
+    assert (result / "pictures" / "quality.png").is_file()
 
 
 def test_the_command_says_what_holds_and_exits_1_if_anything_does_not(

@@ -14,6 +14,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from hfcompress.evaluation import generated
+
 if TYPE_CHECKING:
     import numpy as np
 
@@ -180,4 +182,13 @@ ADDITIVE = (
     Additive(name="overall_accuracy", of_example=_word_counts, of_sums=_share),
     Additive(name="exact_match", of_example=_exact_match, of_sums=_share),
     Additive(name="token_f1", of_example=_token_f1, of_sums=_share),
+    Additive(name="same_text", of_example=generated.same_text, of_sums=_share),
+    Additive(name="rouge1", of_example=generated.rouge_n(1), of_sums=_share),
+    Additive(name="rouge2", of_example=generated.rouge_n(2), of_sums=_share),
+    Additive(name="rougeL", of_example=generated.rouge_l, of_sums=_share),
+    Additive(name="rougeLsum", of_example=generated.rouge_l_sum, of_sums=_share),
+    Additive(name="bleu", of_example=generated.bleu_counts(shortest=True), of_sums=generated.bleu_of_sums),
+    Additive(name="sacrebleu", of_example=generated.bleu_counts(shortest=False), of_sums=generated.sacrebleu_of_sums),
+    Additive(name="wer", of_example=generated.word_edits, of_sums=_share, less_is_better=True),
+    Additive(name="cer", of_example=generated.character_edits, of_sums=_share, less_is_better=True),
 )

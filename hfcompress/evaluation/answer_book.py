@@ -34,6 +34,21 @@ class RowAnswers:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SeedAnswers:
+    """The answers of a further seed's models.
+
+    Attributes:
+        seed: The seed.
+        rows: One for each row of the report, in its order.
+    """
+
+    __pydantic_config__ = STRICT
+
+    seed: int
+    rows: Annotated[tuple[RowAnswers, ...], Field(min_length=1)]
+
+
+@dataclass(frozen=True, kw_only=True)
 class AnswerBook:
     """The answers behind a report.
 
@@ -43,6 +58,7 @@ class AnswerBook:
         references: The right answers, in the split's order.
         groups: Each example's group, by column of the data; empty where the recipe names none.
         rows: One for each row of the report, in its order.
+        seeds: Those of the seeds after the first, in the recipe's order.
     """
 
     __pydantic_config__ = STRICT
@@ -52,19 +68,41 @@ class AnswerBook:
     references: Values
     rows: Annotated[tuple[RowAnswers, ...], Field(min_length=1)]
     groups: dict[str, list[str]] = field(default_factory=dict)
+    seeds: tuple[SeedAnswers, ...] = ()
 
     @classmethod
-    def of_run(cls, report: Report, answers: Sequence[Answers]) -> AnswerBook:
-        """Returns the book of a report whose rows were measured by these answers."""
-        rows = tuple(
-            RowAnswers(name=row.name, predictions=each.predictions, confidences=each.confidences)
-            for row, each in zip(report.rows, answers, strict=True)
+    def of_run(cls, report: Report, answers: Sequence[Sequence[Answers]]) -> AnswerBook:
+        """Returns the book of a report.
+
+        Args:
+            report: The report.
+            answers: For each seed, the first one first, the answers that each row was measured by.
+        """
+        seeds = report.seeds.seeds if report.seeds else (report.seed,)
+        first, *others = [
+            tuple(
+                RowAnswers(name=row.name, predictions=each.predictions, confidences=each.confidences)
+                for row, each in zip(report.rows, own, strict=True)
+            )
+            for own in answers
+        ]
+        return cls(
+            report=seal(report.to_json()),
+            references=answers[0][0].references,
+            rows=first,
+            groups=answers[0][0].groups,
+            seeds=tuple(SeedAnswers(seed=seed, rows=rows) for seed, rows in zip(seeds[1:], others, strict=True)),
         )
-        return cls(report=seal(report.to_json()), references=answers[0].references, rows=rows, groups=answers[0].groups)
+
+    def every_seed(self) -> list[list[Answers]]:
+        """Returns the answers of each seed's rows, the first seed first."""
+        return [[self._of(row) for row in rows] for rows in (self.rows, *(each.rows for each in self.seeds))]
 
     def answers(self, place: int) -> Answers:
         """Returns the answers of one row."""
-        row = self.rows[place]
+        return self._of(self.rows[place])
+
+    def _of(self, row: RowAnswers) -> Answers:
         return Answers(
             predictions=row.predictions,
             references=self.references,

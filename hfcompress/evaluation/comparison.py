@@ -10,7 +10,7 @@ from typing import Any
 from hfcompress.errors import DataError
 from hfcompress.evaluation.additive import entities
 from hfcompress.evaluation.groups import GroupChange, group_changes, worst_group
-from hfcompress.evaluation.metrics import METRICS, score
+from hfcompress.evaluation.metrics import METRICS, answered
 from hfcompress.evaluation.records import STRICT, Count, Figure, Values
 from hfcompress.tasks import Task, kind_of
 
@@ -152,7 +152,7 @@ def compare(original: Answers, compressed: Answers, task: Task) -> Comparison:
 
 
 def _is_right(prediction: Any, reference: Any) -> bool:
-    if isinstance(prediction, str):
+    if isinstance(prediction, str) and not isinstance(reference, str):
         return METRICS["exact_match"]([prediction], [reference]) == 1
     return prediction == reference
 
@@ -171,18 +171,13 @@ def calibration_error(answers: Answers) -> float:
 
 
 def _difference(metric: str, original: Answers, compressed: Answers) -> Difference:
-    import numpy as np
-
-    from hfcompress.evaluation.resampling import drawn_differences
+    from hfcompress.evaluation.resampling import drawn_differences, interval
 
     references = original.references
-    before, after = (score([metric], each.predictions, references)[metric] for each in (original, compressed))
-    drawn = drawn_differences(metric, references, original.predictions, compressed.predictions)
-    drawn = drawn[np.isfinite(drawn)]
-    # An interval over the few draws where a metric happens to be defined would be one of those draws alone.
-    usual = math.isfinite(after - before) and len(drawn) >= 1000
-    low, high = np.quantile(drawn, [0.025, 0.975]) if usual else (math.nan, math.nan)
-    return Difference(value=after - before, low=float(low), high=float(high))
+    given = [answered(metric, each) for each in (original, compressed)]
+    before, after = (METRICS[metric](each, references) for each in given)
+    low, high = interval(drawn_differences(metric, references, *given), after - before)
+    return Difference(value=after - before, low=low, high=high)
 
 
 def _class_changes(task: Task, triples: Sequence[tuple[Any, Any, Any]]) -> tuple[ClassChange, ...]:

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
     from torch import nn
+    from transformers import PreTrainedModel
+
+    from hfcompress.tasks import Kind
 
 _WARM_UP = 3
 _DRAWS = 2000
@@ -54,6 +57,24 @@ def speed_inputs(vocabulary: int, batch_size: int, sequence_length: int) -> dict
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, vocabulary, (batch_size, sequence_length), generator=generator)
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def cost_inputs(
+    kind: Kind, models: Sequence[PreTrainedModel], batch_size: int, sequence_length: int
+) -> dict[str, torch.Tensor]:
+    """Returns the batch that costs of models with one kind of head are measured on.
+
+    Args:
+        kind: The kind of their task.
+        models: The models; a step may have given one a smaller vocabulary.
+        batch_size: Rows.
+        sequence_length: Tokens of a row, where rows are made of tokens.
+    """
+    config = models[0].config
+    if (own := kind.speed_inputs(config, batch_size)) is not None:
+        return own
+    vocabulary = min(each.config.vocab_size for each in models)
+    return speed_inputs(vocabulary, batch_size, sequence_length) | kind.decoder_inputs(config, batch_size)
 
 
 def measure_speed(

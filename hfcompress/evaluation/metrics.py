@@ -5,13 +5,35 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Protocol
 
 from hfcompress.configuration import suggest
 from hfcompress.errors import DataError
 from hfcompress.evaluation.additive import ADDITIVE
 
 Values = Sequence[Any]
+
+
+class Answered(Protocol):
+    """What a model answered, with the probability that it gave to each answer, where it has one."""
+
+    @property
+    def predictions(self) -> Values:
+        """The answers."""
+        ...
+
+    @property
+    def confidences(self) -> Sequence[float]:
+        """The probability of each."""
+        ...
+
+
+def answered(metric: str, answers: Answered) -> Values:
+    """Returns what a metric judges: the answers, or where it wants scores the probability of class 1 of two."""
+    if metric not in _OF_SCORES:
+        return answers.predictions
+    pairs = zip(answers.predictions, answers.confidences, strict=True)
+    return [sure if prediction == 1 else 1 - sure for prediction, sure in pairs]
 
 
 def score(names: Sequence[str], predictions: Values, references: Values) -> dict[str, float]:
@@ -51,6 +73,44 @@ def f1(predictions: Values, references: Values) -> float:
     from sklearn.metrics import f1_score
 
     return float(f1_score(references, predictions, zero_division=math.nan))  # pyright: ignore[reportArgumentType]
+
+
+def precision(predictions: Values, references: Values) -> float:
+    """Returns the share of right ones among those said to be of class 1; NaN where there are none."""
+    from sklearn.metrics import precision_score
+
+    found = precision_score(references, predictions, zero_division=math.nan)  # pyright: ignore[reportArgumentType]
+    return float(found)
+
+
+def recall(predictions: Values, references: Values) -> float:
+    """Returns the share of those of class 1 that are found; NaN where there are none."""
+    from sklearn.metrics import recall_score
+
+    return float(recall_score(references, predictions, zero_division=math.nan))  # pyright: ignore[reportArgumentType]
+
+
+def roc_auc(predictions: Values, references: Values) -> float:
+    """Returns the area under the ROC curve; NaN where there is but one class.
+
+    Args:
+        predictions: The score, such as the probability, of class 1.
+        references: Classes 0 and 1.
+    """
+    from sklearn.metrics import roc_auc_score
+
+    if _constant(references):
+        return math.nan
+    return float(roc_auc_score(references, predictions))
+
+
+def r_squared(predictions: Values, references: Values) -> float:
+    """Returns the coefficient of determination; NaN where the right values are constant."""
+    from sklearn.metrics import r2_score
+
+    if _constant(references):
+        return math.nan
+    return float(r2_score(references, predictions))
 
 
 def f1_macro(predictions: Values, references: Values) -> float:
@@ -111,6 +171,10 @@ _FUNCTIONS = (
     accuracy,
     f1,
     f1_macro,
+    precision,
+    recall,
+    roc_auc,
+    r_squared,
     matthews_correlation,
     pearson,
     spearmanr,
@@ -121,9 +185,19 @@ _FUNCTIONS = (
 METRICS: Mapping[str, Callable[[Values, Values], float]] = MappingProxyType(
     {function.__name__: function for function in _FUNCTIONS} | {metric.name: metric for metric in ADDITIVE}
 )
+_OF_SCORES = {"roc_auc"}
 _LESS_IS_BETTER = {"mean_squared_error", "mean_absolute_error"} | {
     metric.name for metric in ADDITIVE if metric.less_is_better
 }
+
+
+def retention(value: float, original: float, metric: str = "") -> float:
+    """Returns the share of the original's metric that is left; NaN where there is none above 0.
+
+    Where less is better, as with a perplexity, it is the original's value / this one.
+    """
+    part, whole = (original, value) if less_is_better(metric) else (value, original)
+    return part / whole if whole > 0 else math.nan
 
 
 def less_is_better(name: str) -> bool:

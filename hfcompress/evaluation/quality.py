@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any, cast
 from hfcompress.errors import CompressionError, DataError
 from hfcompress.evaluation.comparison import Answers
 from hfcompress.evaluation.inference import inferring
-from hfcompress.evaluation.metrics import score
-from hfcompress.tasks import Kind, Task, align_labels, kind_of
+from hfcompress.evaluation.metrics import answered, score
+from hfcompress.tasks import Task, align_labels, kind_of
 from hfcompress.tasks.catalog import GLUE_DATASET
 
 if TYPE_CHECKING:
     from datasets import Dataset
+    from evaluate import EvaluationModule
     from transformers import PreTrainedModel
 
 _LOGITS = ("logits", "start_logits", "end_logits")
@@ -61,6 +62,7 @@ def evaluate_quality(
     *,
     batch_size: int = 32,
     progress: bool = True,
+    extra_metrics: Sequence[EvaluationModule] = (),
 ) -> Quality:
     """Measures a model on an encoded split.
 
@@ -71,6 +73,8 @@ def evaluate_quality(
         tokenizer: Makes the batches; of images the image processor.
         batch_size: Rows a forward pass. Rows of similar length go together.
         progress: Whether to show a progress bar on standard error.
+        extra_metrics: Loaded modules of `evaluate` that judge the answers too, such as `load_metric("rouge")` or
+            `evaluate.load(...)`. They get predictions and references as the task's kind gives them.
 
     Returns:
         The metrics and the predictions.
@@ -90,10 +94,13 @@ def evaluate_quality(
         raise DataError(f"task '{task.name}': there are no rows to evaluate")
     ids = align_labels(task, cast("Mapping[str, int]", model.config.label2id))
     kind.require_head(task, model)
-    kept = _outputs(model, dataset, kind, tokenizer, batch_size=batch_size, progress=progress)
+    kept = _outputs(model, dataset, task, tokenizer, batch_size=batch_size, progress=progress)
     given = kind.answers(task, ids, dataset, kept)
+    metrics = score_task(task, given.predictions, given.references, given.confidences)
+    for module in extra_metrics:
+        metrics |= _named(module, module.compute(predictions=given.predictions, references=given.references), metrics)
     return Quality(
-        metrics=score_task(task, given.predictions, given.references),
+        metrics=metrics,
         primary=task.metrics[0],
         examples=len(given.predictions),
         predictions=given.predictions,
@@ -102,34 +109,56 @@ def evaluate_quality(
     )
 
 
-def score_task(task: Task, predictions: Sequence[Any], references: Sequence[Any]) -> dict[str, float]:
-    """Returns a task's metrics of some predictions, GLUE's as `evaluate` computes them."""
-    if task.dataset != GLUE_DATASET:
-        return score(task.metrics, predictions, references)
-    from hfcompress.evaluation.glue import Glue
+def score_task(
+    task: Task, predictions: Sequence[Any], references: Sequence[Any], confidences: Sequence[float] = ()
+) -> dict[str, float]:
+    """Returns a task's metrics of some predictions, GLUE's as `evaluate` computes them.
 
-    scores = Glue(task.dataset_config).compute(predictions=predictions, references=references)
-    assert scores is not None
+    Args:
+        task: The task.
+        predictions: One answer an example.
+        references: The right ones.
+        confidences: The probability given to each prediction, for metrics of scores.
+    """
+    scores: dict[str, float] = {}
+    if task.dataset == GLUE_DATASET:
+        from hfcompress.evaluation.glue import Glue
+
+        scores = Glue(task.dataset_config).compute(predictions=predictions, references=references) or {}
+    given = Answers(predictions=list(predictions), references=list(references), confidences=list(confidences))
+    for name in task.metrics:
+        if name not in scores:
+            scores |= score([name], answered(name, given), references)
     return scores
 
 
+def _named(module: EvaluationModule, found: Any, known: Mapping[str, float]) -> dict[str, float]:
+    """Returns the numbers that a module found, those whose names are taken with the module's name before them."""
+    values = found if isinstance(found, Mapping) else {str(module.name): found}
+    numbers = {name: float(value) for name, value in values.items() if isinstance(value, int | float)}
+    return {f"{module.name}_{name}" if name in known else name: value for name, value in numbers.items()}
+
+
 def _outputs(
-    model: PreTrainedModel, dataset: Dataset, kind: Kind, processor: Any, *, batch_size: int, progress: bool
+    model: PreTrainedModel, dataset: Dataset, task: Task, processor: Any, *, batch_size: int, progress: bool
 ) -> list[Any]:
     """Returns what the kind keeps of the outputs of every row, in the dataset's order."""
     import torch
     from tqdm import tqdm
 
+    kind = kind_of(task)
     collate = kind.collator(processor)
     kept: list[Any] = [None] * len(dataset)
     with (
         inferring(model),
         tqdm(total=len(dataset), desc="Evaluating", unit="row", disable=not progress) as bar,
     ):
-        for places in _batches(kind.lengths(dataset), batch_size):
+        for places in _batches(kind.lengths(dataset), kind.batch_size(processor, batch_size)):
             batch = {name: value.to(model.device) for name, value in collate(_rows(dataset, places)).items()}
-            outputs = model(**_without_labels(batch))
-            if not all(torch.isfinite(outputs[name]).all() for name in _LOGITS if name in outputs):
+            outputs = kind.ask(model, _without_labels(batch), processor, task)
+            if isinstance(outputs, Mapping) and not all(
+                torch.isfinite(outputs[name]).all() for name in _LOGITS if name in outputs
+            ):
                 raise CompressionError(
                     "the model's outputs are not finite, so it cannot be measured",
                     hint="Its weights were damaged by the last step: compress less, or train it further.",

@@ -18,13 +18,17 @@ from hfcompress.errors import CheckpointError
 from hfcompress.evaluation.comparison import Comparison
 from hfcompress.evaluation.cost import Speed
 from hfcompress.evaluation.curves import Training
-from hfcompress.evaluation.metrics import less_is_better
+from hfcompress.evaluation.layers import LayerCost
+from hfcompress.evaluation.metrics import retention
 from hfcompress.evaluation.records import STRICT, Count, Figure, plain
 from hfcompress.evaluation.robustness import Robustness
+from hfcompress.evaluation.seeds import Seeds
 from hfcompress.evaluation.usage import Usage
 
 if TYPE_CHECKING:
     from rich.table import Table
+
+__all__ = ["Report", "Row", "describe_environment", "retention"]
 
 _NOT_AVAILABLE = "n/a"
 _METRICS_SHOWN = 2  # on the screen, where more would leave no room; documents show all
@@ -83,6 +87,8 @@ class Report:
         rows: The original, the model after every step, and last the result.
         grid: The result's speed beside the original's at several batch sizes and lengths.
         robustness: What both score on changed texts, where the recipe asks for it.
+        layers: What each linear layer takes, in the original and in the result; empty where it was not measured.
+        seeds: What all seeds come to, or None where the recipe names one alone.
     """
 
     __pydantic_config__ = STRICT
@@ -100,6 +106,8 @@ class Report:
     rows: Annotated[tuple[Row, ...], Field(min_length=1)]
     grid: tuple[Speed, ...] = ()
     robustness: tuple[Robustness, ...] = ()
+    layers: tuple[LayerCost, ...] = ()
+    seeds: Seeds | None = None
 
     @property
     def compression(self) -> float:
@@ -153,7 +161,9 @@ class Report:
 
         names = [self.metric, *(name for name in self.rows[0].metrics if name != self.metric)][:_METRICS_SHOWN]
         title = f"{self.name}: {self.base_model} on {self.task}, {self.examples} rows of {self.split}"
-        table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+        table = Table(
+            title=title, caption=self._over_seeds(), box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True
+        )
         table.add_column("step", overflow="fold")
         for name in (*names, "retention", "params", "on disk", "smaller", "speed-up"):
             table.add_column(name.replace("_", "\n"), justify="right", no_wrap=True)
@@ -169,14 +179,14 @@ class Report:
             )
         return table
 
-
-def retention(value: float, original: float, metric: str = "") -> float:
-    """Returns the share of the original's metric that is left; NaN where there is none above 0.
-
-    Where less is better, as with a perplexity, it is the original's value / this one.
-    """
-    part, whole = (original, value) if less_is_better(metric) else (value, original)
-    return part / whole if whole > 0 else math.nan
+    def _over_seeds(self) -> str | None:
+        if self.seeds is None:
+            return None
+        last = self.seeds.rows[-1]
+        known = last.metrics[self.metric]
+        pairs = zip(self.seeds.seeds, known.values, strict=True)
+        told = ", ".join(f"{seed}: {_number(value, '.4f')}" for seed, value in pairs)
+        return f"{self.metric} of {last.name} by seed: {told}; mean {_number(known.mean, '.4f')}; shown is the first"
 
 
 def describe_environment() -> dict[str, str]:

@@ -77,7 +77,7 @@ def count_operations(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> in
 
     kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # the counter does not know it
     counter = FlopCounterMode(display=False, custom_mapping={kernel: attention})
-    with inferring(model), _as_float(model), counter:
+    with inferring(model), _as_float(model), _frozen(model), counter:
         model(**inputs)
     return int(counter.get_total_flops())
 
@@ -110,7 +110,7 @@ def time_parts(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> dict[str
         part = QUANTIZED if kind_of(module) else LINEAR
         spent[-1][part] += time.perf_counter() - began[module]
 
-    layers = [module for module in model.modules() if kind_of(module) or _is_linear(module)]
+    layers = [module for module in model.modules() if kind_of(module) or is_linear(module)]
     handles = [layer.register_forward_pre_hook(before) for layer in layers]
     handles += [layer.register_forward_hook(after) for layer in layers]
     try:
@@ -129,11 +129,25 @@ def time_parts(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> dict[str
     return {name: seconds / whole for name, seconds in parts.items() if name == REST or seconds > 0}
 
 
-def _is_linear(module: nn.Module) -> bool:
+def is_linear(module: nn.Module) -> bool:
+    """Tells whether a module is a linear layer of floats, GPT-2's kind included."""
     from torch import nn
     from transformers.pytorch_utils import Conv1D
 
     return type(module) in (nn.Linear, Conv1D)
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """Takes gradients off parameters: where one is a module's input, as under weight norm, a counter asks for them."""
+    learnt = [each for each in model.parameters() if each.requires_grad]
+    for each in learnt:
+        each.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for each in learnt:
+            each.requires_grad_(True)
 
 
 @contextmanager

@@ -203,6 +203,32 @@ def maps(row: Row) -> list[Map]:
     return found
 
 
+def sensitivities(row: Row) -> list[Map]:
+    """Finds in a step's findings what each part loses in each kind: `sensitivity: {part: {kind: loss}}`.
+
+    A cell's share is where its loss lies between the least and the greatest of them, by their logarithms.
+    """
+    found = []
+    for method, findings in row.findings.items():
+        measured = findings.get("sensitivity") if isinstance(findings, Mapping) else None
+        if not isinstance(measured, Mapping) or not measured:
+            continue
+        parts = {str(part): kinds for part, kinds in measured.items() if isinstance(kinds, Mapping)}
+        columns = tuple(dict.fromkeys(str(kind) for kinds in parts.values() for kind in kinds))
+        sizes = [math.log(loss) for kinds in parts.values() for loss in kinds.values() if loss > 0]
+        least, most = min(sizes, default=0.0), max(sizes, default=0.0)
+
+        def cell(loss: float | None, least: float = least, most: float = most) -> tuple[str, float] | None:
+            if loss is None:
+                return None
+            share = (math.log(loss) - least) / (most - least) if loss > 0 and most > least else 0.0
+            return f"{loss:.2g}", share
+
+        rows = tuple((part, tuple(cell(kinds.get(kind)) for kind in columns)) for part, kinds in parts.items())
+        found.append(Map(title=f"{row.name}: {method}", columns=columns, rows=rows))
+    return found
+
+
 def _map(title: str, left: Mapping[str, Mapping[str, tuple[str, float]]]) -> Map:
     columns = tuple(dict.fromkeys(kind for cells in left.values() for kind in cells))
     stems = {layer.rpartition(".")[0] for layer in left}

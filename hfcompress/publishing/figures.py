@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 
 from hfcompress.evaluation.comparison import Difference
 from hfcompress.evaluation.cost import Speed
+from hfcompress.evaluation.layers import LayerCost
 from hfcompress.evaluation.report import Report, Row
+from hfcompress.evaluation.seeds import Spread
 from hfcompress.evaluation.usage import LINEAR, QUANTIZED, REST, Usage
 from hfcompress.publishing.markup import number, size
 from hfcompress.tasks import kind_of, task_of
 
 _MOST_CLASSES = 20
+_KEPT = 0.95  # of a promised speed-up
 ABOUT_ROBUSTNESS = "With slips of the keyboard, and in capitals"
 ABOUT_GRID = "The median time of a pass, the two timed by turns, and the speed-up with its 95% interval."
+
+
+ABOUT_LAYERS = (
+    "The linear layers of the result beside those of the original, the slowest first: layers of one kind together, "
+    "with the median times of a pass, timed by turns. Those of quantized layers count operations as if they were float."
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +50,12 @@ def unit(report: Report) -> str:
     return kind_of(task_of(report.task, report.recipe)).unit
 
 
+def how_answered(report: Report) -> str:
+    """Returns a sentence on how answers are come by, or nothing where the task needs none."""
+    task = task_of(report.task, report.recipe)
+    return kind_of(task).told(task)
+
+
 def length(speed: Speed) -> str:
     """Returns the length of what was timed with a comma after it; nothing where it is not made of tokens."""
     return f"{speed.sequence_length} tokens, " if speed.sequence_length else ""
@@ -59,6 +75,64 @@ def change(difference: Difference) -> str:
     if math.isfinite(difference.low):
         text += f" ({difference.low:+.4f} to {difference.high:+.4f})"
     return text
+
+
+def spread(values: Spread | None) -> str:
+    """Returns a mean with its standard deviation."""
+    if values is None:
+        return "n/a"
+    return f"{number(values.mean)} ± {number(values.deviation)}" if len(values.values) > 1 else number(values.mean)
+
+
+def seeds(report: Report) -> Table | None:
+    """Returns mean and deviation of every step over the seeds, or None where there was one alone."""
+    known = report.seeds
+    if known is None:
+        return None
+    names = metric_names(report)
+    head = ("step", *names, "retention", *(f"change of {name}" for name in names))
+    rows = []
+    for row in known.rows:
+        kept = [number(100 * each, ".1f") for each in (row.retention.mean, row.retention.deviation)]
+        changed = [change(row.differences[name]) if name in row.differences else "-" for name in names]
+        rows.append((row.name, *(spread(row.metrics.get(name)) for name in names), f"{kept[0]}% ± {kept[1]}", *changed))
+    return Table(head=head, rows=tuple(rows))
+
+
+def each_seed(report: Report) -> Table | None:
+    """Returns the first metric of every step with every seed."""
+    known = report.seeds
+    if known is None:
+        return None
+    head = (f"{report.metric} of", *(f"seed {seed}" for seed in known.seeds))
+    measured = [(row.name, row.metrics[report.metric]) for row in known.rows if report.metric in row.metrics]
+    return Table(head=head, rows=tuple((name, *map(number, each.values)) for name, each in measured))
+
+
+def about_seeds(report: Report) -> str:
+    """Says how seeds were used: which one is published, and what the intervals are over."""
+    assert report.seeds is not None
+    seeds = ", ".join(map(str, report.seeds.seeds))
+    return (
+        f"Every step was done with the seeds {seeds}. What is published, and what all other tables are of, is the "
+        f"result of seed {report.seeds.seeds[0]}: the first that the recipe names, and not the best. Means are over "
+        "all seeds, ± their standard deviation. A change is the mean change against the original of the same seed, "
+        "with its 95% interval over draws of seeds and of examples (paired bootstrap)."
+    )
+
+
+def not_again(report: Report) -> str:
+    """Says which figures are not measured again, but held to what the run wrote, by a digest."""
+    said = ["what a step took", "memory, loading times and where the time of a pass goes"]
+    if len(report.rows) > 2:
+        said.insert(0, "speed-ups and bytes of the steps before the last")
+    if report.layers:
+        said.append("times of single layers")
+    if report.robustness:
+        said.append("the original's figures on changed texts")
+    if report.seeds is not None:
+        said.append("checkpoints of the seeds after the first (their figures are computed again from their answers)")
+    return f"Not measured again, but compared with what the run wrote: {'; '.join(said)}."
 
 
 def changes(report: Report) -> Table | None:
@@ -180,7 +254,7 @@ def reasons(report: Report) -> list[str]:
         if use is None or speed is None or not use.operations:
             continue
         promised = first.usage.operations / use.operations
-        if not speed.high < promised * 0.95:
+        if not speed.high < promised * _KEPT:
             continue
         text = (
             f"{row.name} has {promised:.2f}x fewer operations and is {speed.ratio:.2f}x as fast. "
@@ -193,7 +267,75 @@ def reasons(report: Report) -> list[str]:
         elif use.parts.get(REST, 0) > first.usage.parts.get(REST, 1):
             text += " What is not a linear layer shrank less, or not at all."
         said.append(text)
-    return said
+    slow = slow_layers(report)
+    return [*said, slow] if slow else said
+
+
+def layers(report: Report) -> Table | None:
+    """Returns what became of the linear layers: those of one kind, shape and reason together, the slowest first."""
+    if not report.layers:
+        return None
+    groups: dict[tuple[str, ...], list[LayerCost]] = {}
+    for each in report.layers:
+        groups.setdefault((_role(each.path), each.kind, each.reason, _shapes(each)), []).append(each)
+    ordered = sorted(groups.items(), key=lambda item: -sum(each.seconds for each in item[1]))
+    rows = []
+    for (role, kind, reason, shapes), own in ordered[:_MOST_LAYERS]:
+        before, after = (sum(getattr(each, name) for each in own) for name in ("original_seconds", "seconds"))
+        fewer = sum(each.original_operations for each in own) / max(1, sum(each.operations for each in own))
+        gained = before / after if after > 0 else math.nan
+        times = [f"{seconds * 1e3:.2f} ms" for seconds in (before, after)]
+        said = _REASONS.get(reason, reason) if reason else "-"
+        name = f"{role} x {len(own)}" if len(own) > 1 else role
+        rows.append((name, f"{shapes}, {kind}", *times, number(fewer, ".2f", "x"), number(gained, ".2f", "x"), said))
+    head = ("layers", "shape and kind now", "before", "now", "fewer operations", "as fast", "what costs speed")
+    return Table(head=head, rows=tuple(rows))
+
+
+def slow_layers(report: Report) -> str:
+    """Says in a sentence or two which layers have less speed than their operations promise, and why."""
+    slow = [each for each in report.layers if each.reason]
+    if not slow or not _promises_more(report):
+        return ""
+    said = []
+    for reason in dict.fromkeys(each.reason for each in sorted(slow, key=lambda each: -each.seconds)):
+        own = [each for each in slow if each.reason == reason]
+        worst = max(own, key=lambda each: each.seconds * each.promised / max(each.gained, 1e-9))
+        spent = sum(each.seconds for each in own)
+        said.append(
+            f"{len(own)} of {len(report.layers)} take {spent * 1e3:.1f} ms of a pass: {_REASONS[reason]} (such as "
+            f"{worst.path}, {_shapes(worst)}, {worst.kind}: {worst.promised:.2f}x fewer operations, "
+            f"{worst.gained:.2f}x as fast)"
+        )
+    return f"Of the linear layers of {report.rows[-1].name}, {'; '.join(said)}."
+
+
+_MOST_LAYERS = 24
+_REASONS = {
+    "dequantization": "their weights are unpacked or their inputs rounded in every pass",
+    "two thin factors": "two products of thin matrices take longer than one of as many operations",
+    "small matrix": "the product is so small that calling it costs as much",
+    "odd width": "a width that is no multiple of 16 leaves vector instructions half empty",
+    "not compressed": "they were left as they were",
+    "other": "the product is slower for no reason that is known here",
+}
+
+
+def _promises_more(report: Report) -> bool:
+    first, last = report.rows[0], report.rows[-1]
+    if first.usage is None or last.usage is None or last.speed is None or not last.usage.operations:
+        return False
+    return last.speed.high < _KEPT * first.usage.operations / last.usage.operations
+
+
+def _role(path: str) -> str:
+    """Returns a layer's path without the number of its block."""
+    return re.sub(r"\.\d+\.", ".*.", path, count=1)
+
+
+def _shapes(layer: LayerCost) -> str:
+    before, after = ("x".join(map(str, shape)) for shape in (layer.original_shape, layer.shape))
+    return before if before == after else f"{before} to {after}"
 
 
 def _spent(usage: Usage, seconds: float) -> str:

@@ -25,6 +25,8 @@ _TAGS = {
     "distillation": "distilled",
     "structured_pruning": "pruned",
     "unstructured_pruning": "pruned",
+    "width_pruning": "pruned",
+    "layer_dropping": "pruned",
     "low_rank": "low-rank",
     "quantization": "quantized",
 }

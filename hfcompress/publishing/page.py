@@ -17,7 +17,7 @@ from hfcompress.evaluation.metrics import less_is_better
 from hfcompress.evaluation.report import Report, Row
 from hfcompress.publishing import figures
 from hfcompress.publishing.charts import MOST_LINES, lines
-from hfcompress.publishing.drawing import Map, Point, maps, scatter
+from hfcompress.publishing.drawing import Map, Point, maps, scatter, sensitivities
 from hfcompress.publishing.markup import number, plain, ratio, size
 
 PAGE = "report.html"
@@ -36,9 +36,11 @@ def page_of_report(report: Report) -> str:
         _tiles(report),
         _section("Steps", _steps(report)),
         _section("What is gained for what is lost", _pictures(report)),
+        _seeds(report),
         _changes(report),
         _costs(report),
         _maps(report),
+        _sensitivities(report),
         _trainings(report),
         _section("How it was measured", _conditions(report)),
         _details(report),
@@ -157,6 +159,8 @@ def _compared(reports: Sequence[tuple[str, Report]], marks: Sequence[str]) -> st
     for mark, (name, report) in zip(marks, reports, strict=True):
         first, last = report.rows[0], report.rows[-1]
         known = last.comparison.differences.get(report.metric) if last.comparison else None
+        if report.seeds is not None:
+            known = report.seeds.rows[-1].differences.get(report.metric)
         flips = f"{last.comparison.flips:,}" if last.comparison and last.comparison.flips is not None else "n/a"
         methods = list(dict.fromkeys(method for row in report.rows for method in row.methods))
         rows.append(
@@ -164,7 +168,7 @@ def _compared(reports: Sequence[tuple[str, Report]], marks: Sequence[str]) -> st
                 f"{mark} {name}",
                 f"{report.base_model} on {report.task}",
                 ", ".join(methods),
-                f"{report.metric} {number(last.metrics.get(report.metric, math.nan))}",
+                f"{report.metric} {_worth(report)}",
                 figures.change(known) if known else "n/a",
                 number(last.retention, ".1%"),
                 flips,
@@ -175,6 +179,13 @@ def _compared(reports: Sequence[tuple[str, Report]], marks: Sequence[str]) -> st
         )
     head = ("result", "of", "methods", "metric", "change", "kept", "flips", "on disk", "smaller", "speed-up")
     return _table(figures.Table(head=head, rows=tuple(rows)))
+
+
+def _worth(report: Report) -> str:
+    """Returns the result's first metric, over several seeds their mean with its deviation."""
+    if report.seeds is not None:
+        return figures.spread(report.seeds.rows[-1].metrics.get(report.metric))
+    return number(report.rows[-1].metrics.get(report.metric, math.nan))
 
 
 def _pictures(report: Report) -> str:
@@ -221,6 +232,14 @@ def _figures(sizes: Sequence[Point], times: Sequence[Point], worth: str, *, rela
     return f'<div class="figures">{"".join(pictures)}</div>\n<p class="small">{keys}. {note}</p>'
 
 
+def _seeds(report: Report) -> str:
+    together, each = figures.seeds(report), figures.each_seed(report)
+    if together is None or each is None:
+        return ""
+    told = f"<p>{escape(figures.about_seeds(report))}</p>"
+    return _section("Over several seeds", f"{told}\n{_table(together)}\n<h3>Seed by seed</h3>\n{_table(each)}")
+
+
 def _changes(report: Report) -> str:
     changes, classes = figures.changes(report), figures.classes(report)
     if changes is None:
@@ -253,6 +272,8 @@ def _costs(report: Report) -> str:
     more = f"<h3>By batch and length</h3>\n<p>{figures.ABOUT_GRID}</p>\n{_table(timed)}" if timed else ""
     said = "".join(f"<li>{escape(reason)}</li>" for reason in figures.reasons(report))
     why = f"<h3>Why it is not as fast as its operations promise</h3>\n<ul>{said}</ul>" if said else ""
+    if (layers := figures.layers(report)) is not None:
+        why += f"<h3>Layer by layer</h3>\n<p>{escape(figures.ABOUT_LAYERS)}</p>\n{_table(layers)}"
     return _section("What a pass takes", told + _table(costs) + more + why)
 
 
@@ -262,6 +283,17 @@ def _maps(report: Report) -> str:
         return ""
     told = "<p>What each layer has left: the stronger the colour, the more. Ranks are shaded against the largest.</p>"
     return _section("What is left, layer by layer", told + f'<div class="maps">{"".join(map(_map, found))}</div>')
+
+
+def _sensitivities(report: Report) -> str:
+    found = [each for row in report.rows for each in sensitivities(row)]
+    if not found:
+        return ""
+    told = (
+        "<p>How far the outputs move on the calibration data when one part alone is quantized: the mean "
+        "Kullback-Leibler divergence, or of numbers the mean squared difference. The stronger the colour, the more.</p>"
+    )
+    return _section("What each part loses", told + f'<div class="maps">{"".join(map(_map, found))}</div>')
 
 
 def _map(drawn: Map) -> str:
@@ -324,8 +356,9 @@ def _conditions(report: Report) -> str:
             f"one run: batch {speed.batch_size}, {figures.length(speed)}{speed.threads} threads, "
             f"{speed.repeats} passes each."
         )
-    again = "<p>hfcompress verify, on this folder, measures all of this again and says what holds.</p>"
-    return f"<p>{escape(told)}</p>{again}{_facts(report.environment)}"
+    again = f"hfcompress verify, on this folder, measures again and says what holds. {figures.not_again(report)}"
+    told = f"{told} {figures.how_answered(report)}"
+    return f"<p>{escape(told)}</p><p>{escape(again)}</p>{_facts(report.environment)}"
 
 
 def _details(report: Report) -> str:

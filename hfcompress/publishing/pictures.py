@@ -29,20 +29,28 @@ def write_pictures(directory: Path, report: Report) -> list[Path]:
         Their paths; none where matplotlib is not installed (an optional extra, `plots`).
     """
     written = []
+    origin = drawn_from(_stored(directory, report))
     for name, drawn in ((QUALITY, _quality(report)), (TRAINING, _trainings(report))):
         path = directory / name
         if drawn is None:
             path.unlink(missing_ok=True)
             continue
         path.parent.mkdir(exist_ok=True)
-        drawn.savefig(path, metadata={"Software": "hfcompress", "Description": drawn_from(report)})
+        drawn.savefig(path, metadata={"Software": "hfcompress", "Description": origin})
         written.append(path)
     return written
 
 
-def drawn_from(report: Report) -> str:
-    """Returns what a picture says of its origin."""
-    return f"drawn from report {seal(report.to_json())}"
+def drawn_from(text: str) -> str:
+    """Returns what a picture says of its origin: the digest of the report's text."""
+    return f"drawn from report {seal(text)}"
+
+
+def _stored(directory: Path, report: Report) -> str:
+    """Returns the text of the report as it lies in the folder, which an earlier version may have written."""
+    file, text = directory / "report.json", report.to_json()
+    stored = file.read_text(encoding="utf-8") if file.is_file() else text
+    return stored if Report.from_json(stored).to_json() == text else text
 
 
 def _canvas(width: float, height: float) -> Figure | None:

@@ -23,7 +23,7 @@ from hfcompress.recipe.schema import (
     is_local,
     order_problems,
 )
-from hfcompress.tasks import TaskConfig, get_task
+from hfcompress.tasks import TaskConfig, get_task, judged_by
 
 _MAX_MESSAGE = 400
 AnyConfig = TypeVar("AnyConfig", bound=Config)
@@ -121,6 +121,7 @@ class _Builder:
         evaluation = self._config(EvaluationConfig, values.get("evaluation"), ("evaluation",))
         push = self._config(PushConfig, values["push"], ("push",)) if "push" in values else None
         steps = self._steps(values)
+        self._metrics(header, evaluation)
         if self.document.findings or header is None or evaluation is None:
             return None
         own = {name: getattr(header, name) for name in Header.model_fields}
@@ -157,13 +158,25 @@ class _Builder:
                 get_task(task)
             except DataError as error:
                 self.document.complain(("task",), " ".join(str(error).split()))
-        model, data = fields.get("model"), fields.get("data")
-        if isinstance(model, str) and is_local(model) and not Path(model, "config.json").is_file():
-            self.document.complain(("model",), f"the folder {model} is not there or holds no config.json")
-        if isinstance(model, str) and is_demo_model(model) and model not in MODELS:
-            self.document.complain(("model",), f"there is no such demo model; {suggest(model, MODELS)}")
+        data = fields.get("data")
+        for field in ("model", "teacher"):
+            model = fields.get(field)
+            if isinstance(model, str) and is_local(model) and not Path(model, "config.json").is_file():
+                self.document.complain((field,), f"the folder {model} is not there or holds no config.json")
+            if isinstance(model, str) and is_demo_model(model) and model not in MODELS:
+                self.document.complain((field,), f"there is no such demo model; {suggest(model, MODELS)}")
         if isinstance(data, str) and data and not Path(data).is_dir():
             self.document.complain(("data",), f"there is no folder {data}")
+
+    def _metrics(self, header: Header | None, evaluation: EvaluationConfig | None) -> None:
+        """Checks the names of further metrics, which depend on the kind of task."""
+        if header is None or evaluation is None or self.document.findings:
+            return
+        task = header.task.task() if isinstance(header.task, TaskConfig) else get_task(header.task)
+        try:
+            judged_by(task, evaluation.metrics)
+        except DataError as error:
+            self.document.complain(("evaluation", "metrics"), error.message.removeprefix("metrics: "))
 
     def _steps(self, values: Mapping[str, Any]) -> list[Step]:
         steps = values.get("steps")

@@ -10,10 +10,10 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, SerializeAsAny, field_validator, model_validator
 
 from hfcompress.configuration import Config
-from hfcompress.errors import Problem
+from hfcompress.errors import DataError, Problem
 from hfcompress.methods.registry import Method, method_of
 from hfcompress.methods.training import TrainingConfig
-from hfcompress.tasks import Task, TaskConfig, get_task
+from hfcompress.tasks import Task, TaskConfig, get_task, judged_by
 
 _FILE_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,79}")
 _STEP_NAME = re.compile(r"[a-z0-9][a-z0-9_+-]{0,79}")
@@ -34,7 +34,7 @@ class EvaluationConfig(Config):
     batch_size: int = Field(default=32, ge=1, le=4096, description="examples in a batch, for quality")
     speed_batch_size: int = Field(default=8, ge=1, le=4096, description="examples in a batch, for speed")
     speed_sequence_length: int = Field(default=128, ge=1, le=8192, description="tokens in an example, for speed")
-    speed_repeats: int = Field(default=20, ge=2, le=10_000, description="timed calls of each model")
+    speed_repeats: int = Field(default=20, ge=3, le=10_000, description="timed calls of each model")
     grid_batch_sizes: tuple[Annotated[int, Field(ge=1, le=4096)], ...] = Field(
         default=(1, 8), description="batches at which the result is timed beside the original; none for no grid"
     )
@@ -46,6 +46,9 @@ class EvaluationConfig(Config):
     )
     robustness: tuple[Literal["typos", "case"], ...] = Field(
         default=(), description="changes of the texts on which the original and the result are measured too"
+    )
+    metrics: tuple[str, ...] = Field(
+        default=(), description="metrics besides the task's, by the names that `evaluate` and hfcompress know them by"
     )
     curve_points: int = Field(default=4, ge=0, le=1000, description="how often the metric is measured in a training")
 
@@ -107,6 +110,13 @@ class Step(Config):
             raise ValueError(f"should be lower-case letters, digits, _, + and -, not {name!r}")
         return name
 
+    def key(self) -> dict[str, Any]:
+        """Returns what the step's result depends on."""
+        values = self.to_dict()
+        if "training" in values:
+            values["training"] = {name: value for name, value in values["training"].items() if name != "report_to"}
+        return values
+
     def outline(self) -> Outline:
         """Returns what the rules of order look at."""
         return Outline(self.name, tuple(method_of(config) for config in self.methods), self.training is not None)
@@ -126,9 +136,19 @@ class Header(Config):
 
     name: str = Field(description="what the run is called; its output goes to runs/<name>")
     model: str = Field(description="demo/..., an id on the Hub, or a local folder (/, ./ or ../ first)")
+    teacher: str | None = Field(
+        default=None,
+        description="another model, fine-tuned for the task, named as `model` is: distilling steps learn from it, and "
+        "all that is made is compared with it",
+    )
     task: str | TaskConfig = Field(description="a known task such as sst2, or a description: kind, data, columns, ...")
     data: str | None = Field(default=None, description="a local folder with the task's data")
     seed: int = Field(default=42, ge=0, lt=2**32, description="makes runs repeatable")
+    seeds: tuple[Annotated[int, Field(ge=0, lt=2**32)], ...] = Field(
+        default=(),
+        max_length=20,
+        description="does every step with each of these, to tell the spread; the first one's result is published",
+    )
     max_length: int = Field(default=128, ge=4, le=8192, description="tokens after which a text is cut")
 
     @field_validator("name")
@@ -138,10 +158,26 @@ class Header(Config):
             raise ValueError(f"should be lower-case letters, digits, '.', '_' and '-', not {name!r}")
         return name
 
-    @field_validator("model")
+    @model_validator(mode="before")
     @classmethod
-    def _is_model(cls, model: str) -> str:
-        if not is_local(model) and not _HUB_ID.fullmatch(model):
+    def _begins_with_the_first_seed(cls, values: Any) -> Any:
+        seeds = values.get("seeds") if isinstance(values, dict) else None
+        if isinstance(seeds, list | tuple) and seeds and "seed" not in values:
+            return {**values, "seed": seeds[0]}
+        return values
+
+    @model_validator(mode="after")
+    def _has_seeds_of_one_mind(self) -> Header:
+        if self.seeds and self.seed != self.seeds[0]:
+            raise ValueError("seed: is the first of `seeds`; leave it out, or leave `seeds` out")
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError("seeds: each may be named once")
+        return self
+
+    @field_validator("model", "teacher")
+    @classmethod
+    def _is_model(cls, model: str | None) -> str | None:
+        if model is not None and not is_local(model) and not _HUB_ID.fullmatch(model):
             allowed = "demo/..., a Hub id (org/name), or a folder that starts with /, ./ or ../"
             raise ValueError(f"should be {allowed}, not {model!r}")
         return model
@@ -171,9 +207,22 @@ class Recipe(Header):
         return self.task.task() if isinstance(self.task, TaskConfig) else get_task(self.task)
 
     @property
+    def all_seeds(self) -> tuple[int, ...]:
+        """The seeds that every step is done with, the published one first."""
+        return self.seeds or (self.seed,)
+
+    @property
     def data_folder(self) -> str | None:
         """The local folder with the task's data, or None where they come from elsewhere."""
         return self.data or (self.task.folder if isinstance(self.task, TaskConfig) else None)
+
+    @model_validator(mode="after")
+    def _is_judged_by_metrics_of_its_kind(self) -> Recipe:
+        try:
+            judged_by(self.described_task, self.evaluation.metrics)
+        except DataError as error:
+            raise ValueError(f"evaluation.{error.message}") from None
+        return self
 
     @model_validator(mode="after")
     def _is_in_order(self) -> Recipe:
@@ -183,9 +232,8 @@ class Recipe(Header):
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the recipe as plain JSON values, every default written out."""
-        values = self.model_dump(mode="json", exclude={"steps", "push", "data"})
-        if self.data is not None:
-            values["data"] = self.data
+        unsaid = [field for field in ("seeds", "teacher", "data") if not getattr(self, field)]
+        values = self.model_dump(mode="json", exclude={"steps", "push", *unsaid})
         if self.push is not None:
             values["push"] = self.push.model_dump(mode="json")
         return values | {"steps": [step.to_dict() for step in self.steps]}
@@ -201,8 +249,8 @@ class Outline:
 
 
 _FROZEN = (
-    "cannot train once the model is quantized ({since}): distilling a quantized model is LoRA on frozen "
-    "weights, then merge and quantize again; move the training before it"
+    "cannot train once the model is quantized ({since}): move the training before it, or add `qlora` to the step, "
+    "which trains adapters on the frozen weights"
 )
 
 
@@ -248,6 +296,6 @@ def _late_problems(step: Outline, path: tuple[str | int, ...], since: str) -> li
         if method.needs_float and method.apply is not None:
             message = f"needs float weights, but the model is quantized {since}; move it before that step"
             problems.append(Problem((*path, method.name), message))
-    if step.trains:
+    if step.trains and not any(method.trains_quantized for method in step.methods):
         problems.append(Problem((*path, "training"), _FROZEN.format(since=since)))
     return problems

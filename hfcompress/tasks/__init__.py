@@ -7,6 +7,7 @@ from hfcompress.tasks.custom import TaskConfig, task_of
 from hfcompress.tasks.data import load_data
 from hfcompress.tasks.demo import fetch_model, is_demo_model
 from hfcompress.tasks.kinds import KINDS, Given, Kind, kind_of
+from hfcompress.tasks.metric_names import judged_by
 from hfcompress.tasks.preprocessing import align_labels, preprocess
 from hfcompress.tasks.task import Task
 
@@ -20,6 +21,7 @@ __all__ = [
     "fetch_model",
     "get_task",
     "is_demo_model",
+    "judged_by",
     "kind_of",
     "load_data",
     "preprocess",

@@ -7,7 +7,7 @@ from types import MappingProxyType
 
 from hfcompress.configuration import suggest
 from hfcompress.errors import DataError
-from hfcompress.tasks.task import Task
+from hfcompress.tasks.task import Generation, Task
 
 GLUE_DATASET = "nyu-mll/glue"
 
@@ -124,6 +124,30 @@ _TASKS = (
         evaluation_split="test",
         dataset="ylecun/mnist",
         dataset_config=None,
+    ),
+    Task(
+        name="xsum",
+        kind="summarization",
+        columns=("document",),
+        label="summary",
+        labels=(),
+        metrics=("rougeL", "rouge1", "rouge2"),
+        evaluation_split="validation",
+        dataset="EdinburghNLP/xsum",
+        dataset_config=None,
+        generation=Generation(tokens=64),
+    ),
+    Task(
+        name="librispeech",
+        kind="speech_recognition",
+        columns=("audio",),
+        label="text",
+        labels=(),
+        metrics=("wer", "cer"),
+        evaluation_split="validation",
+        training_split="train.100",
+        dataset="openslr/librispeech_asr",
+        dataset_config="clean",
     ),
 )
 

@@ -13,12 +13,13 @@ from hfcompress.configuration import Config, suggest
 from hfcompress.errors import CheckpointError, ConfigError
 from hfcompress.tasks.catalog import get_task
 from hfcompress.tasks.kinds import KINDS
-from hfcompress.tasks.task import KindName, Task
+from hfcompress.tasks.metric_names import OF_TWO_CLASSES, expanded, judged_by
+from hfcompress.tasks.task import Generation, KindName, Task
 
 _HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]{0,95}/[A-Za-z0-9_][\w.-]{0,95}", re.ASCII)
 _NAME = re.compile(r"[a-z0-9][a-z0-9._/-]{0,79}")
 _SPLIT = re.compile(r"\w+", re.ASCII)
-_OF_TWO_CLASSES = "f1"
+_INSTEAD = {"f1": "; use 'f1_macro'"}
 
 
 class TaskConfig(Config):
@@ -38,6 +39,10 @@ class TaskConfig(Config):
     label: str | None = Field(default=None, description="the column of right answers")
     labels: tuple[str, ...] = Field(default=(), description="the names of the labels, in the order of their ids")
     metrics: tuple[str, ...] = Field(default=(), description="what is reported; retention is computed on the first")
+    answer_tokens: int | None = Field(
+        default=None, ge=1, le=4096, description="the most tokens of a text that is written; 64 by default"
+    )
+    beams: int | None = Field(default=None, ge=1, le=64, description="beams by which texts are written; 1 by default")
     training_split: str | None = Field(default="train", description="the split that is learnt from")
     evaluation_split: str = Field(default="validation", description="the split that is measured")
 
@@ -73,16 +78,18 @@ class TaskConfig(Config):
     def _fits_its_kind(self) -> TaskConfig:
         kind = KINDS[self.kind]
         for metric in self.metrics:
-            if metric not in kind.metrics:
+            if not set(expanded([metric])) <= set(kind.metrics):
                 raise ValueError(f"metrics: '{metric}' is none of {self.kind}; {suggest(metric, kind.metrics)}")
+            if metric in OF_TWO_CLASSES and len(self.labels) > 2:
+                raise ValueError(f"metrics: '{metric}' is of two classes{_INSTEAD.get(metric, '')}")
         if kind.labelled and len(set(self.labels)) < 2:
             raise ValueError(f"labels: {self.kind} needs the names of at least two labels, in the order of their ids")
         if len(set(self.labels)) < len(self.labels):
             raise ValueError("labels: each may be named once")
         if not kind.labelled and self.labels:
             raise ValueError(f"labels: the answers of {self.kind} are no labels; leave them out")
-        if _OF_TWO_CLASSES in self.metrics and len(self.labels) > 2:
-            raise ValueError("metrics: 'f1' is of two classes; use 'f1_macro'")
+        if kind.generation is None and (self.answer_tokens or self.beams):
+            raise ValueError(f"answer_tokens: {self.kind} writes no texts; leave answer_tokens and beams out")
         if len(self.columns) > max(2, len(kind.columns)):
             raise ValueError(
                 f"columns: {self.kind} reads {' and '.join(kind.columns)}, not {len(self.columns)} columns"
@@ -104,29 +111,39 @@ class TaskConfig(Config):
             columns=self.columns or kind.columns,
             label=kind.label if self.label is None or not kind.label else self.label,
             labels=self.labels,
-            metrics=self.metrics or kind.defaults,
+            metrics=expanded(self.metrics) or kind.defaults,
             evaluation_split=self.evaluation_split,
             training_split=self.training_split,
             dataset=f"./{last}" if _is_local(self.data) else self.data,
             dataset_config=self.config,
+            generation=self._generation(kind.generation),
         )
+
+    def _generation(self, usual: Generation | None) -> Generation | None:
+        if usual is None:
+            return None
+        return Generation(tokens=self.answer_tokens or usual.tokens, beams=self.beams or usual.beams)
 
 
 def task_of(name: str, recipe: Mapping[str, Any]) -> Task:
     """Returns the task of a report: the one that its recipe describes, or the known one of that name.
 
+    It is judged by the further metrics that the recipe names, too.
+
     Raises:
         CheckpointError: The recipe's description is not valid.
         DataError: There is no task of that name.
     """
-    described = recipe.get("task")
+    described, asked = recipe.get("task"), recipe.get("evaluation")
+    more = asked.get("metrics") if isinstance(asked, Mapping) else None
+    names = tuple(map(str, more)) if isinstance(more, list | tuple) else ()
     if not isinstance(described, Mapping):
-        return get_task(name)
+        return judged_by(get_task(name), names)
     values: dict[str, Any] = {
         key: tuple(value) if isinstance(value, list) else value for key, value in described.items()
     }
     try:
-        return TaskConfig(**values).task()
+        return judged_by(TaskConfig(**values).task(), names)
     except (ConfigError, TypeError) as error:
         raise CheckpointError(f"the report's task is not valid: {error}") from None
 

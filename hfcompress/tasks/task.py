@@ -13,7 +13,22 @@ KindName = Literal[
     "token_classification",
     "question_answering",
     "image_classification",
+    "summarization",
+    "speech_recognition",
 ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generation:
+    """How texts are written, the same for every model of a run; nothing is sampled.
+
+    Attributes:
+        tokens: The most tokens of a text; the right ones are cut there too where they are learnt from.
+        beams: Texts that are followed up at once; 1 is greedy.
+    """
+
+    tokens: int = 64
+    beams: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +47,7 @@ class Task:
         training_split: The split that is learnt from, or None where a task is only measured.
         dataset: The data's id on the Hub, or a name of it for people.
         dataset_config: The configuration of a Hub dataset that holds the task.
+        generation: How answers are written, or None where they are not.
     """
 
     name: str
@@ -44,6 +60,7 @@ class Task:
     training_split: str | None = "train"
     dataset: str
     dataset_config: str | None
+    generation: Generation | None = None
 
     @property
     def pair(self) -> bool:

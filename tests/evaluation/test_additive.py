@@ -127,6 +127,8 @@ def test_less_is_better_where_it_is() -> None:
         "perplexity",
         "bits_per_byte",
         "masked_perplexity",
+        "wer",
+        "cer",
     }
     assert retention(40.0, 30.0, "perplexity") == pytest.approx(0.75)
     assert retention(0.3, 0.4, "overall_f1") == pytest.approx(0.75)

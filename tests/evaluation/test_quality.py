@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hfcompress.errors import CompressionError, DataError
 from hfcompress.evaluation import evaluate_quality
+from hfcompress.evaluation.named import load_metric
 from hfcompress.tasks import get_task, load_data, preprocess
 
 GLUE = Path(os.environ.get("HFCOMPRESS_GLUE", Path(__file__).parents[2] / ".." / "shared" / "data" / "glue"))
@@ -54,6 +55,16 @@ def test_predictions_are_those_of_each_row_alone(
     right = sum(found == label for found, label in zip(expected, labels, strict=True))
     assert quality.metrics == {"accuracy": pytest.approx(right / 37)}
     assert (quality.primary, quality.value, quality.examples) == ("accuracy", quality.metrics["accuracy"], 37)
+
+
+def test_any_module_of_evaluate_judges_too(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    data = rows_of("sst2", model, tokenizer, [row % 2 for row in range(37)])
+    modules = [load_metric("precision"), load_metric("accuracy")]
+    quality = evaluate_quality(model, data, get_task("sst2"), tokenizer, progress=False, extra_metrics=modules)
+    hits = sum(a == b == 1 for a, b in zip(quality.predictions, quality.references, strict=True))
+    assert quality.metrics["precision"] == pytest.approx(hits / sum(quality.predictions))
+    # A name that is taken has its module's before it.
+    assert quality.metrics["accuracy_accuracy"] == quality.metrics["accuracy"]
 
 
 @pytest.mark.parametrize("model", [REGRESSION], indirect=True)

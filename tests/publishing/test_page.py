@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 import shutil
 import subprocess
@@ -13,8 +14,10 @@ import pytest
 from hfcompress.evaluation.comparison import ClassChange, Comparison, Difference
 from hfcompress.evaluation.curves import Curve, Training
 from hfcompress.evaluation.groups import GroupChange
-from hfcompress.evaluation.report import Report
+from hfcompress.evaluation.layers import LayerCost
+from hfcompress.evaluation.report import Report, Row
 from hfcompress.evaluation.robustness import Robustness
+from hfcompress.evaluation.seeds import SeededRow, Seeds, Spread
 from hfcompress.evaluation.usage import LINEAR, QUANTIZED, REST, Usage
 from hfcompress.publishing import card_of_report, figures
 from hfcompress.publishing.charts import lines
@@ -23,6 +26,7 @@ from hfcompress.publishing.page import page_of_report, page_of_reports
 from hfcompress.publishing.pictures import write_pictures
 
 HOSTILE = "<script>alert('1')</script>\"'&<img src=x onerror=alert(1)>"
+GOLDEN = Path(__file__).with_name("golden_card_of_all.md")
 PDFTOTEXT = shutil.which("pdftotext")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
@@ -77,8 +81,45 @@ def whole(report: Report) -> Report:
     speed = rows[2].speed
     assert speed is not None
     grid = (replace(speed, batch_size=1, sequence_length=32), replace(speed, batch_size=64, sequence_length=0))
+    layers = tuple(
+        LayerCost(
+            path=f"encoder.layer.{i}.{path}",
+            kind=kind,
+            original_shape=(3072, 768),
+            shape=shape,
+            original_operations=4_831_838_208,
+            operations=1_207_959_552,
+            original_seconds=0.004,
+            seconds=0.002,
+            reason=reason,
+        )
+        for i in range(12)
+        for path, kind, shape, reason in (
+            ("intermediate.dense", "rank 96", (3072, 768), "two thin factors"),
+            ("attention.output.dense", "linear", (611, 768), "odd width"),
+            ("attention.self.query", "linear", (768, 768), ""),
+        )
+    )
     changed = Robustness(change="typos", original={"accuracy": 0.44}, compressed={"accuracy": 0.33})
-    return replace(report, rows=tuple(rows), grid=grid, robustness=(changed,))
+    return replace(report, rows=tuple(rows), grid=grid, robustness=(changed,), layers=layers, seeds=seeded(tuple(rows)))
+
+
+def seeded(rows: tuple[Row, ...]) -> Seeds:
+    """What two seeds might have come to."""
+    return Seeds(
+        seeds=(42, 43),
+        rows=tuple(
+            SeededRow(
+                name=row.name,
+                metrics={name: Spread.of([value, value - 0.02]) for name, value in row.metrics.items()},
+                retention=Spread.of([row.retention, row.retention - 0.02]),
+                differences={name: Difference(value=-0.01, low=-0.03, high=0.01) for name in row.metrics}
+                if place
+                else {},
+            )
+            for place, row in enumerate(rows)
+        ),
+    )
 
 
 class Reader(HTMLParser):
@@ -132,6 +173,10 @@ def test_the_page_says_what_the_report_says(whole: Report) -> None:
         "1 x 32 tokens",
         "genre: news",
         "0.3300",
+        "0.8650 ± 0.0141",
+        "the first that the recipe names, and not the best",
+        "encoder.layer.*.intermediate.dense x 12",
+        "two products of thin matrices",
     ):
         assert said in read_page.text.replace("\xa0", " "), said
     assert read_page.tags.count("svg") == 6 + 6 and "rare" in read_page.text  # six pictures, six keys
@@ -170,6 +215,8 @@ def test_values_are_shown_not_obeyed(whole: Report) -> None:
         environment={HOSTILE: HOSTILE},
         recipe={"name": HOSTILE},
         rows=rows,
+        layers=tuple(replace(each, path=HOSTILE, kind=HOSTILE) for each in whole.layers),
+        seeds=seeded(rows),
     )
     plain_tags = sorted(set(read(page_of_report(whole)).tags))
     for page in (page_of_report(hostile), page_of_reports([(HOSTILE, hostile), ("two", whole)])):
@@ -214,6 +261,17 @@ def test_the_card_says_the_same(whole: Report) -> None:
     assert "Its calibration error grows from 0.0500 to 0.0700." in card
     assert "quantize has 5.00x fewer operations and is 1.90x as fast." in card
     assert "pictures/" not in card_of_report(whole, quant_method=None)
+    assert "| quantize | 0.8650 ± 0.0141 | 0.8750 ± 0.0141 | 95.2% ± 1.4 | -0.0100 (-0.0300 to +0.0100) |" in card
+    assert "12 of 36 take 24.0 ms of a pass: a width that is no multiple of 16" in card
+    assert "(such as encoder.layer.0.attention.output.dense, 3072x768 to 611x768, linear: 4.00x fewer" in card
+    assert "Not measured again, but compared with what the run wrote: speed-ups and bytes of the steps before" in card
+
+
+def test_the_whole_card_of_all_that_a_report_can_hold(whole: Report) -> None:
+    card = card_of_report(whole, quant_method="hfcompress", pictures=["pictures/quality.png"])
+    if os.environ.get("UPDATE_GOLDEN"):
+        GOLDEN.write_text(card, encoding="utf-8")
+    assert card == GOLDEN.read_text(encoding="utf-8")
 
 
 def test_many_classes_are_cut_to_those_that_lost_most(whole: Report) -> None:

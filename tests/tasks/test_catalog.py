@@ -25,7 +25,7 @@ GLUE_LABELS = {
 
 
 def test_all_glue_tasks_and_the_demo_are_there() -> None:
-    others = {"wikitext-2", "wikitext-2-masked", "wnut17", "squad", "mnist"}
+    others = {"wikitext-2", "wikitext-2-masked", "wnut17", "squad", "mnist", "xsum", "librispeech"}
     assert set(task_names()) == {*GLUE_LABELS, "demo/movie-reviews", *others}
     assert {get_task(name).kind for name in task_names()} == set(KINDS)
 

@@ -11,6 +11,8 @@ from hfcompress.tasks.kinds.classification import Classification, Regression
 from hfcompress.tasks.kinds.image_classification import ImageClassification
 from hfcompress.tasks.kinds.masked_lm import MaskedLM
 from hfcompress.tasks.kinds.question_answering import QuestionAnswering
+from hfcompress.tasks.kinds.speech_recognition import SpeechRecognition
+from hfcompress.tasks.kinds.summarization import Summarization
 from hfcompress.tasks.kinds.token_classification import TokenClassification
 from hfcompress.tasks.task import Task
 
@@ -24,6 +26,8 @@ _KINDS = (
     TokenClassification(),
     QuestionAnswering(),
     ImageClassification(),
+    Summarization(),
+    SpeechRecognition(),
 )
 
 KINDS: Mapping[str, Kind] = MappingProxyType({kind.name: kind for kind in _KINDS})

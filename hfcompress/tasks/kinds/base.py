@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from hfcompress.errors import DataError
-from hfcompress.tasks.task import Task
+from hfcompress.tasks.task import Generation, Task
 
 if TYPE_CHECKING:
     import torch
@@ -48,6 +48,7 @@ class Kind:
         flips: Whether two models' answers can be told to be the same or not.
         unit: What an example is called.
         reads: What enters the model.
+        generation: How answers are written where nothing is said, or None where they are not.
         encoded: Columns that encoded rows have at least.
     """
 
@@ -62,7 +63,8 @@ class Kind:
     exact: bool = True
     flips: bool = True
     unit: str = "rows"
-    reads: Literal["text", "images"] = "text"
+    reads: Literal["text", "images", "audio"] = "text"
+    generation: Generation | None = None
     encoded: tuple[str, ...] = ("input_ids", "labels")
 
     # Data
@@ -82,6 +84,17 @@ class Kind:
     def texts(self, task: Task, rows: Dataset) -> list[str]:
         """Returns all that a tokenizer must be able to cut."""
         return [text for column in task.columns for text in rows[column]]
+
+    def sources(self, task: Task, rows: Dataset) -> list[str] | list[tuple[str, str]] | list[list[str]]:
+        """Returns what each encoded row was made of, for a teacher that cuts texts by a tokenizer of its own.
+
+        Raises:
+            DataError: Rows of this kind are not one text, one pair or one list of words each.
+        """
+        raise DataError(
+            f"a teacher with another tokenizer cannot teach {self.name}, whose rows are not one text each",
+            hint="Take a teacher with the model's own tokenizer.",
+        )
 
     # What a model reads
 
@@ -114,6 +127,10 @@ class Kind:
     def speed_inputs(self, config: Any, batch_size: int) -> dict[str, torch.Tensor] | None:
         """Returns the batch that costs are measured on, or None where it is one of tokens."""
         return None
+
+    def decoder_inputs(self, config: Any, batch_size: int) -> dict[str, torch.Tensor]:
+        """Returns what such a batch of tokens must hold besides, for models that read their own answers."""
+        return {}
 
     # The model
 
@@ -150,6 +167,18 @@ class Kind:
         """
 
     # Answers
+
+    def ask(self, model: PreTrainedModel, batch: Mapping[str, torch.Tensor], processor: Any, task: Task) -> Any:
+        """Returns a model's outputs on a batch without labels, as `read` takes them."""
+        return model(**batch)
+
+    def batch_size(self, processor: Any, asked: int) -> int:
+        """Returns how many rows may be asked at once; fewer where rows would change one another's answers."""
+        return asked
+
+    def told(self, task: Task) -> str:
+        """Returns a sentence on how answers are come by, where that needs one."""
+        return ""
 
     def read(self, outputs: Any, batch: Mapping[str, torch.Tensor]) -> list[Any]:
         """Returns what is kept of a batch's outputs, one a row."""

@@ -25,6 +25,11 @@ class _Sentences(Kind):
     pipeline_tag = "text-classification"
     columns = ("text",)
 
+    def sources(self, task: Task, rows: Dataset) -> list[str] | list[tuple[str, str]]:
+        """Returns the texts, or the pairs of them."""
+        texts = [list(rows[name]) for name in task.columns]
+        return list(zip(*texts, strict=True)) if task.pair else texts[0]
+
     def encode(self, dataset: Dataset, task: Task, processor: Any, *, max_length: int) -> Dataset:
         """Tokenizes one text or a pair of them, cut off at `max_length`."""
 
@@ -62,7 +67,7 @@ class Classification(Labelled, _Sentences):
     """One of the labels."""
 
     name = "classification"
-    metrics = ("accuracy", "f1", "f1_macro", "matthews_correlation")
+    metrics = ("accuracy", "f1", "f1_macro", "matthews_correlation", "precision", "recall", "roc_auc")
     defaults = ("accuracy",)
 
     def check(self, task: Task, split: Dataset, where: str, *, training: bool) -> None:
@@ -102,7 +107,7 @@ class Regression(_Sentences):
     """One number."""
 
     name = "regression"
-    metrics = ("pearson", "spearmanr", "mean_squared_error", "mean_absolute_error")
+    metrics = ("pearson", "spearmanr", "mean_squared_error", "mean_absolute_error", "r_squared")
     defaults = ("pearson", "spearmanr")
     flips = False
 

@@ -30,7 +30,7 @@ class ImageClassification(Labelled):
     name = "image_classification"
     auto_class = "AutoModelForImageClassification"
     pipeline_tag = "image-classification"
-    metrics = ("accuracy", "f1", "f1_macro", "matthews_correlation")
+    metrics = ("accuracy", "f1", "f1_macro", "matthews_correlation", "precision", "recall", "roc_auc")
     defaults = ("accuracy",)
     columns = ("image",)
     unit = "images"

@@ -66,6 +66,10 @@ class TokenClassification(Labelled):
             tokenizer = AutoTokenizer.from_pretrained(checkpoint, add_prefix_space=True)
         return tokenizer
 
+    def sources(self, task: Task, rows: Dataset) -> list[list[str]]:
+        """Returns the words of each row."""
+        return [list(each) or [" "] for each in rows[task.columns[0]]]
+
     def encode(self, dataset: Dataset, task: Task, processor: Any, *, max_length: int) -> Dataset:
         """Returns tokens with labels, the numbers of the words asked (`words`) and the right labels (`tags`)."""
         require_fast(processor)

@@ -1,0 +1,239 @@
+"""Does a recipe's steps with one seed: each from the saved result of the one before, each measured as it was saved."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import shutil
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from hfcompress.evaluation.comparison import Answers
+from hfcompress.evaluation.curves import EVALUATED, Training, training_of
+from hfcompress.evaluation.quality import evaluate_quality
+from hfcompress.material import Cut, Material
+from hfcompress.methods.registry import Context, method_of
+from hfcompress.modeling.checkpoint import save
+from hfcompress.modeling.measure import count_parameters, weight_bytes
+from hfcompress.modeling.tables import cast_floats
+from hfcompress.recipe import Step
+from hfcompress.run_folder import (
+    ANSWERS,
+    RECORD,
+    Done,
+    fingerprint,
+    key_of,
+    prepare,
+    read_json,
+    read_record,
+    write_json,
+)
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, Trainer
+
+logger = logging.getLogger(__name__)
+
+_CURVE_ROWS = 256  # a curve shows where a training went; what it came to is measured on all rows
+_LOGS = "logs"
+
+
+class Bench:
+    """Where the steps of one seed are done.
+
+    Args:
+        material: The base model and the data.
+        seed: Of the order of the data, of dropout and of new heads.
+        work: Where each step has its folder.
+        cache: Where methods keep what other runs may use again.
+        quiet: No progress bars.
+    """
+
+    def __init__(self, material: Material, seed: int, work: Path, cache: Path, quiet: bool) -> None:
+        self.material, self.recipe, self.seed = material, material.recipe, seed
+        self.task, self.kind = material.task, material.kind
+        self.work, self.cache, self.quiet = work, cache, quiet
+
+    def run_steps(self, original: Done | None = None) -> list[Done]:
+        """Does what is not done yet; the first model returned is the one that all others are compared with.
+
+        Args:
+            original: The base model as another seed measured it, which is the same for all.
+        """
+        key = self.material.start(self.seed)
+        done = [] if self.begins_with_fine_tuning else [original or self._original(key)]
+        # A teacher is another model than the one the steps begin with.
+        before = done[-1] if done and self.material.teacher is None else None
+        steps = self.recipe.steps
+        for index, step in enumerate(steps, start=1):
+            folder = self.work / f"{index}-{step.name}"
+            key = key_of(key, step.key())
+            record = read_record(folder, key)
+            state = "done already" if record else "starting"
+            logger.info("step %d of %d: %s (%s)", index, len(steps), step.name, state)
+            if record is None:
+                record = self._do(step, folder, key, before, teacher=done[0] if done else None)
+            names = tuple(method_of(config).name for config in step.methods)
+            before = Done(step.name, names, folder / "checkpoint", folder, key, record)
+            done.append(before)
+        return done
+
+    def answers(self, done: Done) -> Answers:
+        """Returns what a model answered when it was measured; it is measured again where that was lost."""
+        kept = read_json(done.folder / ANSWERS)
+        if not kept or kept["key"] != done.key:
+            done.record.update(self._measure(done.checkpoint, done.folder, done.key))
+            write_json(done.folder / RECORD, done.record)
+            kept = read_json(done.folder / ANSWERS)
+        return Answers(**kept["answers"])
+
+    @property
+    def begins_with_fine_tuning(self) -> bool:
+        """Whether the first step makes the model that all others are compared with."""
+        first = self.recipe.steps[0]
+        return self.material.teacher is None and first.training is not None and not first.methods
+
+    def _original(self, key: str) -> Done:
+        """Measures the teacher, or the base model, which a recipe without leading fine-tuning starts from."""
+        name = "original" if self.material.teacher is None else "teacher"
+        base, folder = self.material.teacher or self.material.base, self.work / f"0-{name}"
+        record = read_record(folder, key, checkpoint=base)
+        if record is None:
+            if self.material.teacher is None:
+                self.material.with_head()  # says so where there is no head to measure
+            prepare(folder, key)
+            record = self._measure(base, folder, key) | {"key": key, "seconds": 0.0, "findings": {}}
+            write_json(folder / RECORD, record)
+        return Done(name, (), base, folder, key, record)
+
+    def _do(self, step: Step, folder: Path, key: str, before: Done | None, teacher: Done | None) -> dict[str, Any]:
+        from transformers import set_seed
+
+        prepare(folder, key)
+        set_seed(self.seed)
+        started = time.monotonic()
+        model = self._load(before)
+        cut = self.material.cut(before.checkpoint if before else self.material.base)
+        # A method may change the tokenizer in place; the steps before keep theirs.
+        cut = Cut(copy.deepcopy(cut.tokenizer), cut.rows)
+        training = None
+        if step.training is None:
+            findings = self._at_once(model, step, cut)
+        else:
+            findings, training = self._in_training(model, step, folder / "training", teacher, cut)
+        seconds = round(time.monotonic() - started, 1)
+        checkpoint = folder / "checkpoint"
+        save(model, checkpoint, tokenizer=cut.tokenizer)
+        _keep_logs(folder / "training" / "runs", folder / _LOGS)
+        shutil.rmtree(folder / "training", ignore_errors=True)
+        del model
+        record = self._measure(checkpoint, folder, key) | {"key": key, "seconds": seconds, "findings": findings}
+        record["training"] = training and asdict(training)
+        write_json(folder / RECORD, record)
+        return record
+
+    def _measure(self, checkpoint: Path, folder: Path, key: str) -> dict[str, Any]:
+        """Judges what a user would load, never what is left in memory; the answers are kept in `folder`."""
+        model, cut = self.kind.load(checkpoint), self.material.cut(checkpoint)
+        quality = evaluate_quality(
+            model,
+            self.material.labelled(model, cut.rows[self.task.evaluation_split]),
+            self.task,
+            cut.tokenizer,
+            batch_size=self.recipe.evaluation.batch_size,
+            progress=not self.quiet,
+        )
+        write_json(folder / ANSWERS, {"key": key, "answers": asdict(quality.answers)})
+        return {
+            "metrics": quality.metrics,
+            "examples": quality.examples,
+            "parameters": count_parameters(model),
+            "bytes": weight_bytes(checkpoint),
+            "files": fingerprint(checkpoint),
+        }
+
+    def _at_once(self, model: PreTrainedModel, step: Step, cut: Cut) -> dict[str, Any]:
+        material = self.material
+        batches = list(material.calibration(model, step.calibration, cut, seed=self.seed))
+        texts = self.kind.texts(self.task, material.data[material.training_split])
+        tokenizer = cut.tokenizer if self.kind.reads == "text" else None
+        context = Context(calibration=batches, tokenizer=tokenizer, texts=texts, cache_dir=self.cache)
+        findings: dict[str, Any] = {}
+        for config in step.methods:
+            method = method_of(config)
+            assert method.apply is not None
+            findings[method.name] = method.apply(model, config, context)
+        return findings
+
+    def _in_training(
+        self, model: PreTrainedModel, step: Step, folder: Path, teacher: Done | None, cut: Cut
+    ) -> tuple[dict[str, Any], Training]:
+        from hfcompress.methods.trainer import CompressionTrainer
+        from hfcompress.methods.training import training_arguments
+
+        assert step.training is not None
+        taught = any(method_of(config).name == "distillation" for config in step.methods)
+        learned_from = self._load(teacher) if taught else None
+        tokens = self.material.teacher_tokens(cut) if taught else None
+        context = Context(teacher=learned_from, teacher_tokens=tokens, cache_dir=self.cache)
+        parts = [part(config, context) for config in step.methods if (part := method_of(config).part)]
+        del learned_from, context  # with a cache the teacher is dropped as soon as it has spoken
+        rows = self.material.labelled(model, cut.rows[self.material.training_split])
+        arguments = training_arguments(step.training, folder, seed=self.seed, examples=len(rows), quiet=self.quiet)
+        if self.kind.reads != "text":
+            arguments.train_sampling_strategy = "random"  # rows have no lengths,
+            arguments.remove_unused_columns = False  # and become what a model reads in the batch only
+        # Small updates are lost in 16-bit weights: they are trained in 32 bits and go back to what they were.
+        dtype = model.dtype
+        cast_floats(model, torch.float32)
+        trainer = CompressionTrainer(
+            model,
+            arguments,
+            parts=parts,
+            train_dataset=rows,
+            data_collator=self.kind.collator(cut.tokenizer),
+            processing_class=cut.tokenizer,
+        )
+        examples = self._watch(trainer, model, cut)
+        trainer.train(resume_from_checkpoint=True)
+        trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+        if model.dtype != dtype:
+            cast_floats(model, dtype)
+        names = [method_of(config).name for config in step.methods]
+        findings = dict(zip(names, trainer.findings, strict=True))
+        return findings, training_of(trainer.state.log_history, examples)
+
+    def _watch(self, trainer: Trainer, model: PreTrainedModel, cut: Cut) -> int:
+        """Lets a training measure itself for its curves; returns on how many rows."""
+        from hfcompress.methods.watching import MeasureWhileTraining
+
+        points = self.recipe.evaluation.curve_points
+        rows = cut.rows[self.task.evaluation_split]
+        # From all over the split: data are often sorted, by class too.
+        count = min(_CURVE_ROWS, len(rows))
+        spread = [place * len(rows) // count for place in range(count)]
+        rows = self.material.labelled(model, rows.select(spread, keep_in_memory=True))
+
+        def measure() -> dict[str, float]:
+            size = self.recipe.evaluation.batch_size
+            quality = evaluate_quality(model, rows, self.task, cut.tokenizer, batch_size=size, progress=False)
+            return {f"{EVALUATED}{name}": value for name, value in quality.metrics.items()}
+
+        if points:
+            MeasureWhileTraining(trainer, measure, points)
+        return len(rows) if points else 0
+
+    def _load(self, before: Done | None) -> PreTrainedModel:
+        """Loads the model as the step before left it, or the base model with a head for the task."""
+        return self.kind.load(before.checkpoint) if before else self.material.with_head()
+
+
+def _keep_logs(written: Path, kept: Path) -> None:
+    """Moves what a tracker wrote beside its checkpoints out of the folder that goes."""
+    if written.is_dir():
+        shutil.rmtree(kept, ignore_errors=True)
+        shutil.move(written, kept)

@@ -1,0 +1,180 @@
+"""What every step of a run works with: the base model, the task's data, and how tokenizers cut them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from hfcompress.errors import DataError
+from hfcompress.evaluation.groups import group_labels
+from hfcompress.evaluation.robustness import KINDS
+from hfcompress.methods.registry import Batch
+from hfcompress.modeling.integrity import require_undamaged
+from hfcompress.recipe import Recipe
+from hfcompress.recipe.schema import is_local
+from hfcompress.run_folder import fingerprint, key_of, rows_digest
+from hfcompress.tasks import Task, align_labels, fetch_model, is_demo_model, kind_of, load_data, preprocess
+
+if TYPE_CHECKING:
+    from datasets import Dataset, DatasetDict
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Cut:
+    """The task's rows as one tokenizer cuts them, or as one image processor takes them."""
+
+    tokenizer: Any
+    rows: dict[str, Dataset]
+
+
+class Material:
+    """The base model and the data of a recipe; the same for every seed.
+
+    Args:
+        recipe: What to do.
+        progress: Whether a download shows its progress.
+
+    Raises:
+        DataError: Model or data are not what the recipe needs.
+    """
+
+    def __init__(self, recipe: Recipe, *, progress: bool) -> None:
+        self.recipe = recipe
+        self.task: Task = recipe.described_task
+        self.kind = kind_of(self.task)
+        self.training_split = _training_split(self.task)
+        self.base = find_model(recipe.model, progress=progress)
+        self.teacher = find_model(recipe.teacher, progress=progress) if recipe.teacher else None
+        self.data: DatasetDict = load_data(self.task, recipe.data_folder, progress=progress)
+        self._cuts: dict[str, Cut] = {}
+        self.groups = self._groups()
+        if self.teacher is not None and not self._is_trained(self.teacher):
+            raise DataError(
+                f"teacher: {recipe.teacher} has no head that is trained for {self.task.name}",
+                hint="Fine-tune it first, by a recipe with one step of `training`, and name that run's folder.",
+            )
+        if recipe.evaluation.robustness and self.kind.name not in KINDS:
+            raise DataError(f"evaluation.robustness: is for tasks of kind {' or '.join(KINDS)}, not {self.kind.name}")
+
+    def start(self, seed: int) -> str:
+        """Returns the key of what the first step of a seed begins with."""
+        # What is generated is said of tasks that generate alone.
+        task = {name: value for name, value in asdict(self.task).items() if name != "generation" or value is not None}
+        taught = {"teacher": fingerprint(self.teacher)} if self.teacher else {}
+        return key_of({"model": self._digests[0], "task": task, "seed": seed} | taught, self._digests[1])
+
+    @cached_property
+    def _digests(self) -> tuple[dict[str, str], dict[str, str]]:
+        rows = {split: rows_digest(rows) for split, rows in self.cut(self.base).rows.items()}
+        return fingerprint(self.base), rows
+
+    def _groups(self) -> dict[str, list[str]]:
+        columns, split = self.recipe.evaluation.groups, self.task.evaluation_split
+        labels = group_labels(self.data[split], columns)
+        alike = len(self.cut(self.base).rows[split]) == len(self.data[split])
+        if columns and not (alike and self.kind.flips):
+            raise DataError(
+                f"evaluation.groups: an answer of task '{self.task.name}' is not right or wrong row by row",
+                hint="Leave `groups` out.",
+            )
+        return labels
+
+    def cut(self, checkpoint: Path) -> Cut:
+        """Cuts the texts by a checkpoint's own tokenizer, which a step may have changed; each tokenizer once."""
+        tokenizer = self.kind.load_processor(checkpoint)
+        key = key_of(self.kind.processor_key(tokenizer))
+        if key not in self._cuts:
+            length = self.recipe.max_length
+            rows = {
+                split: preprocess(self.data[split], self.task, tokenizer, max_length=length, label2id=None)
+                for split in (self.training_split, self.task.evaluation_split)
+            }
+            self._cuts[key] = Cut(tokenizer, rows)
+        return self._cuts[key]
+
+    def labelled(self, model: PreTrainedModel, rows: Dataset) -> Dataset:
+        """Returns rows with the model's own label ids."""
+        ids = align_labels(self.task, cast("Mapping[str, int]", model.config.label2id))
+        return self.kind.with_label_ids(rows, ids)
+
+    def calibration(self, model: PreTrainedModel, count: int, cut: Cut, *, seed: int) -> Iterator[Batch]:
+        """Yields batches of training examples, drawn by the seed."""
+        train = cut.rows[self.training_split]
+        rows = self.labelled(model, train).shuffle(seed=seed, keep_in_memory=True)
+        rows = rows.select(range(min(count, len(rows))), keep_in_memory=True)
+        collate, size = self.kind.collator(cut.tokenizer), self.recipe.evaluation.batch_size
+        for start in range(0, len(rows), size):
+            yield dict(collate([rows[i] for i in range(start, min(start + size, len(rows)))]))
+
+    def with_head(self) -> PreTrainedModel:
+        """Loads the base model with a head for the task, a new one where the recipe begins with training.
+
+        Raises:
+            DataError: It has no head for the task, and none is trained.
+        """
+        from transformers import AutoConfig
+
+        if self._is_trained(self.base):
+            return self.kind.load(self.base)
+        has_head = self.kind.has_head(AutoConfig.from_pretrained(self.base))
+        first = self.recipe.steps[0]
+        if first.training is None or (first.methods and self.teacher is None):
+            raise DataError(
+                f"the model {self.recipe.model} has no head that is trained for {self.task.name}",
+                hint="Begin the recipe with a step of `training`, which fine-tunes it.",
+            )
+        # Only the head of another task is made anew.
+        return self.kind.load(self.base, ignore_mismatched_sizes=has_head, **self.kind.head(self.task))
+
+    def _is_trained(self, checkpoint: Path) -> bool:
+        from transformers import AutoConfig
+
+        config = AutoConfig.from_pretrained(checkpoint)
+        return self.kind.has_head(config) and self.kind.head_fits(self.task, config)
+
+    def teacher_tokens(self, cut: Cut) -> Any:
+        """Returns what the teacher reads where its tokenizer is not the model's, or None.
+
+        Raises:
+            DataError: The rows are not one text each.
+        """
+        if self.teacher is None or self.kind.reads != "text":
+            return None
+        from hfcompress.methods.distillation import OtherTokens
+
+        own = self.kind.load_processor(self.teacher)
+        if self.kind.processor_key(own) == self.kind.processor_key(cut.tokenizer):
+            return None
+        texts = self.kind.sources(self.task, self.data[self.training_split])
+        return OtherTokens(texts, cut.tokenizer, own, self.recipe.max_length)
+
+
+def find_model(name: str, *, progress: bool) -> Path:
+    """Returns the folder of a recipe's model, fetched where it is not here.
+
+    Raises:
+        DataError: A local folder holds no checkpoint.
+        CheckpointError: What was fetched is not what hfcompress saved.
+    """
+    if is_demo_model(name):
+        return fetch_model(name, progress=progress)
+    if is_local(name):
+        folder = Path(name)
+        if not (folder / "config.json").is_file():
+            raise DataError(f"model: {name} is not a checkpoint folder: it has no config.json")
+        return folder
+    from huggingface_hub import snapshot_download
+
+    folder = Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model"]))
+    require_undamaged(folder)
+    return folder
+
+
+def _training_split(task: Task) -> str:
+    if task.training_split is None:
+        raise DataError(f"task '{task.name}' has no training data, which a run needs at least to calibrate on")
+    return task.training_split
