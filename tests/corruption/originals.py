@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
 
-from hfcompress import LowRankConfig, QuantizationConfig, StructuredPruningConfig, compress
+from hfcompress import LayerDroppingConfig, LowRankConfig, QuantizationConfig, StructuredPruningConfig, compress
 
 INPUTS = {"input_ids": torch.arange(4, 24).reshape(2, 10), "attention_mask": torch.ones(2, 10, dtype=torch.long)}
 
@@ -36,7 +36,7 @@ def _build(family: str, seed: int) -> PreTrainedModel:
 
 
 def make_originals(place: Path) -> dict[str, Original]:
-    """Saves four compressed checkpoints of three families, two of them sharded, each with two seeds."""
+    """Saves five compressed checkpoints of three families, two of them sharded, each with two seeds."""
     pruning = StructuredPruningConfig(heads=0.4, neurons=0.4, importance="magnitude")
     low_rank = LowRankConfig(keep=0.5, method="svd")
     plans: dict[str, tuple[str, list[Any], dict[str, Any]]] = {
@@ -50,6 +50,15 @@ def make_originals(place: Path) -> dict[str, Original]:
             "distilbert",
             [low_rank, QuantizationConfig(weights=None, embeddings="int8")],
             {"max_shard_size": "700KB"},
+        ),
+        "bert-without-a-block-pivoted-packed": (
+            "bert",
+            [
+                LayerDroppingConfig(part="ffn", drop=1),
+                LowRankConfig(keep=0.5, method="svd", pivoted=True),
+                QuantizationConfig(weights="packed-4", embeddings=None),
+            ],
+            {},
         ),
         "bert-pruned-low-rank-sharded": ("bert", [pruning, low_rank], {"max_shard_size": "2MB"}),
     }

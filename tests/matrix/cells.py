@@ -24,6 +24,7 @@ from tests.tiny_models import CELLS as HEADS
 PRUNING = StructuredPruningConfig(heads=0.3, neurons=0.3, multiple_of=2)
 # Every linear layer; the rank that holds a share of the energy is another one in each layer.
 FACTORS = LowRankConfig(targets=("linear",), method="svd", energy=0.8, multiple_of=2)
+PIVOTED = LowRankConfig(targets=("linear",), method="svd", energy=0.8, multiple_of=2, pivoted=True)
 
 
 def _drop(model: PreTrainedModel) -> Sequence[Config]:
@@ -40,8 +41,10 @@ METHODS: dict[str, Callable[[PreTrainedModel], Sequence[Config]]] = {
     "heads and neurons": lambda model: [PRUNING],
     "layers": _drop,
     "low rank": lambda model: [FACTORS],
+    "pivoted": lambda model: [PIVOTED],
     "int8": lambda model: [QuantizationConfig(weights="int8", embeddings=None)],
     "nf4": lambda model: [QuantizationConfig(weights="nf4", embeddings=None)],
+    "torchao": lambda model: [QuantizationConfig(weights="torchao-int8", ffn="torchao-int8-dynamic", embeddings=None)],
     "embeddings int8": lambda model: [QuantizationConfig(weights=None, embeddings="int8")],
     "embeddings int4": lambda model: [QuantizationConfig(weights=None, embeddings="int4")],
     "embeddings low rank": lambda model: [LowRankConfig(targets=(), embeddings=0.5, method="svd", multiple_of=2)],

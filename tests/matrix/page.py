@@ -11,7 +11,7 @@ from tests.tiny_models import FAMILIES, class_of
 
 _INTRO = """# Every family, head and method
 
-Made by `python scripts/matrix.py`, which writes this page only after every cell has come out as it says here.
+Made by `scripts/matrix.py`, which writes this page only after every cell has come out as it says here.
 
 A cell with ✓ is a tiny random model of that class, compressed so that its layers keep different numbers of heads,
 neurons and ranks (ALBERT's layers are one and the same), and saved by plain `save_pretrained`. A fresh process loads it
@@ -21,8 +21,9 @@ files are the same, and so are the outputs after loading those. `AutoModel` take
 checkpoint, with the same weights, but for what stock `AutoModel` cannot find either: see the end.
 
 The methods: pruning of **heads and neurons**; one of three **layers** dropped from each stack; **low rank** in every
-linear layer of the base model; **int8** and **nf4** by bitsandbytes; **embeddings** in 8 and 4 bits, and split in two
-factors, with every output layer that is tied to them; **ternary** weights, packed; trimming the **vocabulary** with its
+linear layer of the base model, by two factors or **pivoted** ones; **int8** and **nf4** by bitsandbytes; int8 by
+**torchao**, with inputs rounded too in feed-forward blocks; **embeddings** in 8 and 4 bits, and split in two factors,
+with every output layer that is tied to them; **ternary** weights, packed; trimming the **vocabulary** with its
 tokenizer; **unstructured** zeros; and a **chain** of pruning, low rank, nf4 and 8-bit embeddings, where there are any.
 
 Dropping layers, trimming and zeroing must write an ordinary checkpoint. Where int8 or nf4 alone do, it is one of
