@@ -1,0 +1,331 @@
+"""Low-rank factorization of a small language model: perplexity on wikitext-2 by method and share removed.
+
+    python -m scripts.studies.low_rank run MODEL WIKITEXT                  # without training; an hour or two
+    python -m scripts.studies.low_rank run MODEL WIKITEXT --part choices   # on a part of the calibration file
+    python -m scripts.studies.low_rank recover MODEL WIKITEXT              # each 15 minutes of training
+    python -m scripts.studies.low_rank summary                             # table and picture of what is there
+
+MODEL is SmolLM2-135M (any causal language model works), WIKITEXT a folder with `wiki.valid.tokens` and
+`wiki.test.raw`. Factors are fitted to sentences of the former that hold no `<unk>`: to the first three quarters of
+them, choices being made on the last. Every point reads a prefix of the test file once; the share is that of the linear
+layers' parameters. A row of the results is one point, and points that are there are not measured again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import math
+import re
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn import functional
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
+
+from hfcompress import LowRankConfig
+from hfcompress.methods.low_rank import low_rank
+from hfcompress.methods.low_rank.method import Knowledge, float_layers, learn
+from hfcompress.methods.registry import Context
+from hfcompress.modeling.anatomy import base_model, modules_of
+from scripts.studies.material import results_file
+
+RESULTS = results_file("low_rank.jsonl")
+PICTURE = RESULTS.with_suffix(".png")
+REMOVED = (0.1, 0.2, 0.3, 0.4)
+BLOCK = 512
+CALIBRATION_BLOCKS = 48
+TEST_BLOCKS = 24
+CHOICE_SHARE = 0.25
+RECOVERY = {"seconds": 900, "learning_rate": 1e-4, "batch": 2, "warmup": 20}
+
+_WHITENED: dict[str, Any] = {"method": "whitened"}
+_CURVED: dict[str, Any] = {"method": "whitened", "weigh_outputs": True}
+_BUDGET: dict[str, Any] = {"size": "budget", "sensitivity": "curvature"}
+# What is compared; `size` says whether a share is that of every layer or a budget of all.
+ARMS: dict[str, dict[str, Any]] = {
+    "plain": {"method": "svd"},
+    "fisher": {"method": "fisher"},
+    "whitened": _WHITENED,
+    "whitened, sequential": _WHITENED | {"sequential": True},
+    "whitened, sequential, budget": _WHITENED | {"sequential": True, "size": "budget", "sensitivity_batches": 1},
+    "curvature": _CURVED,
+    "curvature, pivoted": _CURVED | {"pivoted": True},
+    "curvature, budget": _CURVED | _BUDGET,
+    "curvature, budget, pivoted": _CURVED | _BUDGET | {"pivoted": True},
+    "curvature, budget, pivoted, sequential": _CURVED | _BUDGET | {"pivoted": True, "sequential": True},
+}
+RECOVERED = ("curvature, budget, pivoted", "curvature, budget, pivoted, sequential")
+
+Blocks = torch.Tensor
+
+
+# Text
+
+
+def whole_sentences(text: str) -> str:
+    """Returns the sentences of a tokenized wikitext file that hold no unknown word, paragraphs kept apart."""
+    kept: list[str] = []
+    for line in text.split("\n"):
+        sentences = [each for each in re.split(r"(?<= \.) ", line) if "<unk>" not in each and each.strip()]
+        if sentences:
+            kept.append(" ".join(sentences))
+    return "\n".join(kept)
+
+
+def blocks_of(text: str, tokenizer: Any) -> Blocks:
+    """Cuts a text into blocks of tokens, int64 `(blocks, BLOCK)`; what is left over at the end is dropped."""
+    ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    return ids[: len(ids) // BLOCK * BLOCK].view(-1, BLOCK)
+
+
+class Material:
+    """The model and its texts."""
+
+    def __init__(self, model: Path, wikitext: Path) -> None:
+        self.model = model
+        tokenizer = AutoTokenizer.from_pretrained(model)
+        valid = blocks_of(whole_sentences((wikitext / "wiki.valid.tokens").read_text()), tokenizer)
+        at = len(valid) - int(CHOICE_SHARE * len(valid))
+        self.training, self.choices = valid[:at], valid[at:]
+        self.test = blocks_of((wikitext / "wiki.test.raw").read_text(), tokenizer)
+
+    def calibration(self, count: int) -> list[dict[str, torch.Tensor]]:
+        """Draws blocks to fit to, as batches of two."""
+        drawn = self.training[torch.randperm(len(self.training), generator=torch.Generator().manual_seed(0))[:count]]
+        return [{"input_ids": part, "labels": part} for part in drawn.split(2)]
+
+    def load(self) -> Any:
+        """Loads the original, in the precision that its file has."""
+        model = AutoModelForCausalLM.from_pretrained(self.model, dtype="auto").eval()
+        model.config.use_cache = False
+        return model
+
+
+@torch.no_grad()
+def perplexity(model: Any, blocks: Blocks) -> float:
+    """Returns the perplexity of all tokens but each block's first."""
+    total = 0.0
+    for part in blocks.split(4):
+        for block, logits in zip(part, model.eval()(input_ids=part).logits, strict=True):
+            total += functional.cross_entropy(logits[:-1].float(), block[1:], reduction="sum").item()
+    return math.exp(total / (len(blocks) * (BLOCK - 1)))
+
+
+def linear_parameters(model: Any) -> int:
+    """Counts the numbers of the factorised layers' matrices, whatever they are made of now."""
+    base = base_model(model)
+    return sum(
+        each.numel() for path in modules_of(model, ("linear",)) for each in base.get_submodule(path).parameters()
+    )
+
+
+# Results
+
+
+def read() -> list[dict[str, Any]]:
+    """Returns the rows that are there."""
+    return [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
+
+
+def write(row: dict[str, Any]) -> None:
+    """Adds a row."""
+    RESULTS.parent.mkdir(exist_ok=True)
+    with RESULTS.open("a") as file:
+        file.write(json.dumps(row) + "\n")
+    print(json.dumps(row), flush=True)
+
+
+def pending(rows: Sequence[dict[str, Any]], point: dict[str, Any]) -> bool:
+    """Tells whether no row is of this point."""
+    return not any(all(row.get(key) == value for key, value in point.items()) for row in rows)
+
+
+# Without training
+
+
+def config_of(arm: str, removed: float) -> LowRankConfig:
+    """Returns the config of an arm that keeps the rest of the linear layers' parameters."""
+    settings = dict(ARMS[arm])
+    size = settings.pop("size", "keep")
+    return LowRankConfig(targets=("linear",), **{size: round(1 - removed, 6)}, **settings)
+
+
+class Statistics:
+    """What is read off the original once and serves every arm."""
+
+    def __init__(self, material: Material, batches: list[dict[str, torch.Tensor]]) -> None:
+        self.material, self.batches = material, batches
+        self._known: dict[str, Any] = {}
+
+    def of(self, config: LowRankConfig) -> Knowledge:
+        """Returns what an arm is fitted to."""
+        if config.method == "fisher":
+            return self._learned("fisher", LowRankConfig(targets=config.targets, method="fisher"))
+        inputs = curvature = {}
+        if config.method == "whitened":
+            inputs = self._learned("inputs", LowRankConfig(targets=config.targets, method="whitened")).inputs
+        if config.weigh_outputs:
+            wanted = LowRankConfig(targets=config.targets, method="whitened", weigh_outputs=True, sequential=True)
+            curvature = self._learned("curvature", wanted).curvature
+        return Knowledge(method=config.method, inputs=inputs, curvature=curvature)
+
+    def _learned(self, name: str, config: LowRankConfig) -> Knowledge:
+        if name not in self._known:
+            model = self.material.load()
+            paths = list(float_layers(model, config)[0])
+            self._known[name] = learn(model, paths, config, config.method, self.batches)
+        return self._known[name]
+
+
+def factorized(material: Material, config: LowRankConfig, statistics: Statistics) -> Any:
+    """Returns the model with factors."""
+    model = material.load()
+    low_rank(model, config, Context(calibration=statistics.batches), knowledge=statistics.of(config))
+    return model
+
+
+def run(asked: argparse.Namespace) -> None:
+    """Measures every point that is not there yet."""
+    material = Material(asked.model, asked.wikitext)
+    blocks = material.choices if asked.part == "choices" else material.test
+    blocks = blocks[: asked.blocks] if asked.blocks else blocks
+    common = {"study": "without training", "part": asked.part, "test_blocks": len(blocks)}
+    statistics = Statistics(material, material.calibration(asked.calibration))
+    if pending(read(), common | {"arm": "original"}):
+        write(common | {"arm": "original", "removed": 0.0, "perplexity": perplexity(material.load(), blocks)})
+    base = next(row for row in read() if not pending([row], common | {"arm": "original"}))["perplexity"]
+    for arm in asked.arms:
+        for removed in asked.removed:
+            point = common | {"arm": arm, "removed": removed, "calibration_blocks": asked.calibration}
+            if not pending(read(), point):
+                continue
+            started = time.perf_counter()
+            model = factorized(material, config_of(arm, removed), statistics)
+            seconds = time.perf_counter() - started
+            found = perplexity(model, blocks)
+            kept = linear_parameters(model) / linear_parameters(material.load())
+            row = {"kept": round(kept, 4), "perplexity": found, "ratio": round(found / base, 4)}
+            write(point | row | {"seconds": round(seconds, 1)})
+
+
+# After training
+
+
+def train(model: Any, blocks: Blocks, seconds: float, seed: int) -> int:
+    """Trains all parameters on blocks for a time; returns the number of steps. The same for every model."""
+    model = model.float().train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=RECOVERY["learning_rate"], weight_decay=0.0)
+    generator, step, started = torch.Generator().manual_seed(seed), 0, time.thread_time()
+    while (spent := time.thread_time() - started) < seconds:
+        left = 1 - spent / seconds  # the rate falls with the time that is used up
+        for group in optimizer.param_groups:
+            group["lr"] = RECOVERY["learning_rate"] * min(1.0, (step + 1) / RECOVERY["warmup"]) * left
+        rows = blocks[torch.randint(len(blocks), (int(RECOVERY["batch"]),), generator=generator)]
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(input_ids=rows, labels=rows).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        step += 1
+    return step
+
+
+def recover(asked: argparse.Namespace) -> None:
+    """Trains the original and factorised models alike, and measures them.
+
+    Time is that of the one thread that trains, so that what else the machine does takes nothing off it.
+    """
+    torch.set_num_threads(1)
+    material = Material(asked.model, asked.wikitext)
+    blocks = material.choices if asked.part == "choices" else material.test[: asked.blocks]
+    statistics = Statistics(material, material.calibration(asked.calibration))
+    points = [("original", 0.0), *((arm, removed) for arm in asked.arms for removed in asked.removed)]
+    for seed in asked.seeds:
+        for arm, removed in points:
+            point = {"study": "recovered", "part": asked.part, "test_blocks": len(blocks), "arm": arm}
+            point |= {"removed": removed, "seconds": asked.seconds, "seed": seed}
+            if not pending(read(), point):
+                continue
+            whole = arm == "original"
+            model = material.load() if whole else factorized(material, config_of(arm, removed), statistics)
+            steps = train(model, material.training, asked.seconds, seed)
+            found = perplexity(model.to(torch.bfloat16), blocks)
+            bases = [row for row in read() if not pending([row], point | {"arm": "original", "removed": 0.0})]
+            ratio = {"ratio": round(found / bases[0]["perplexity"], 4)} if bases else {}
+            write(point | {"steps": steps, "perplexity": found} | ratio)
+
+
+# What came of it
+
+
+def lines(rows: Sequence[dict[str, Any]]) -> Iterator[tuple[str, list[tuple[float, float]]]]:
+    """Yields each arm's points (share removed, ratio), means over seeds."""
+    for study in dict.fromkeys(row["study"] for row in rows):
+        mine = [row for row in rows if row["study"] == study and "ratio" in row and row["arm"] != "original"]
+        for arm in dict.fromkeys(row["arm"] for row in mine):
+            by_share: dict[float, list[float]] = {}
+            for row in mine:
+                if row["arm"] == arm:
+                    by_share.setdefault(row["removed"], []).append(row["ratio"])
+            name = arm if study == "without training" else f"{arm}, {study}"
+            yield name, [(share, sum(each) / len(each)) for share, each in sorted(by_share.items())]
+
+
+def summary(asked: argparse.Namespace) -> None:
+    """Prints the table and draws the picture."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    rows = [row for row in read() if row["part"] == asked.part]
+    figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    for name, points in lines(rows):
+        print(f"{name:45}", "  ".join(f"{share:.0%} {ratio:.3f}" for share, ratio in points))
+        axes.plot([100 * share for share, _ in points], [ratio for _, ratio in points], marker="o", label=name)
+    axes.set(xlabel="linear parameters removed, %", ylabel="perplexity / original's", yscale="log")
+    axes.legend(fontsize=7)
+    figure.savefig(PICTURE)
+
+
+def arguments() -> argparse.Namespace:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True)
+    for work in (run, recover, summary):
+        command = commands.add_parser(work.__name__, help=work.__doc__)
+        command.set_defaults(work=work)
+        command.add_argument("--part", choices=("test", "choices"), default="test")
+        if work is summary:
+            continue
+        command.add_argument("model", type=Path)
+        command.add_argument("wikitext", type=Path)
+        arms = list(ARMS) if work is run else list(RECOVERED[:1])
+        command.add_argument("--arms", nargs="+", choices=list(ARMS), default=arms)
+        command.add_argument("--removed", nargs="+", type=float, default=REMOVED if work is run else REMOVED[:2])
+        command.add_argument("--blocks", type=int, default=TEST_BLOCKS, help="of the test file; 0 for all of it")
+        command.add_argument("--calibration", type=int, default=CALIBRATION_BLOCKS, help="blocks to fit to")
+    command = commands.choices["recover"]
+    command.add_argument("--seeds", nargs="+", type=int, default=[0])
+    command.add_argument("--seconds", type=float, default=RECOVERY["seconds"])
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Does what was asked."""
+    logging.disable_progress_bar()
+    # Activations of a bf16 model are bf16 numbers: products of them are exact in this mode, and three times as fast.
+    torch.backends.mkldnn.matmul.fp32_precision = "bf16"  # type: ignore[attr-defined]
+    asked = arguments()
+    asked.work(copy.copy(asked))
+
+
+if __name__ == "__main__":
+    main()

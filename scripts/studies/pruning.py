@@ -1,0 +1,311 @@
+"""Pruning without training, at 2.0x fewer encoder FLOPs, on fine-tuned MPNet-base.
+
+    python -m scripts.studies.pruning run                # hours; goes on where it was cut off, waits for teachers
+    python -m scripts.studies.pruning run --part choices # on a part of train, where choices are made
+    python -m scripts.studies.pruning summary            # table and picture of what is there
+
+Teachers and data are those of `scripts.studies.material`. Every arm removes the same share of the layers' multiply-adds
+with the same draw of 512 calibration sentences of train; each is measured on validation once. A row of the results
+holds every answer, so that the summary's intervals are paired: over examples, and over draws. The time of an arm is
+that of everything it does, on one thread beside whatever else runs; arms that share a pass over the data (`taylor`
+takes the derivatives that `ours` has stored) are not charged for it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding
+
+from hfcompress import StructuredPruningConfig
+from hfcompress.evaluation.quality import evaluate_quality
+from hfcompress.methods.pruning.targets import target_of
+from hfcompress.methods.pruning.units import head_units, neuron_units, total_cost
+from hfcompress.methods.registry import Context
+from hfcompress.methods.structured_pruning import structured_pruning
+from hfcompress.modeling.checkpoint import commit
+from hfcompress.tasks import get_task, load_data, preprocess
+from scripts.studies import torch_pruning_arm
+from scripts.studies.material import TASKS, glue_folder, results_file, study_root, teacher_folder
+
+RESULTS = results_file("pruning.jsonl")
+SHARE = 0.5
+DRAWS = 5
+EXAMPLES = 512
+MAX_LENGTH = 128
+BATCH = 32
+CALIBRATION_BATCH = 16  # what a backward pass holds is most of the memory that is needed
+RESAMPLES = 2000
+
+Batches = list[dict[str, torch.Tensor]]
+Arm = Callable[[Any, Batches, int], None]
+
+
+def at_random(model: Any, batches: Batches, draw: int) -> None:
+    """Removes units that chance chooses."""
+    target = target_of(model, flops=SHARE, multiple_of=8)
+    generator = torch.Generator().manual_seed(draw)
+    kept = target.choose([torch.rand(each.count, generator=generator) for each in target.units])
+    for each, index in zip(target.units, kept, strict=True):
+        each.shrink(index)
+    commit(model)
+
+
+def by(**settings: Any) -> Arm:
+    """Returns the arm that prunes as a config says, keeping what it found out about the data for the others."""
+
+    def arm(model: Any, batches: Batches, draw: int) -> None:
+        context = Context(calibration=batches, cache_dir=study_root() / "pruning")
+        structured_pruning(model, StructuredPruningConfig(flops=SHARE, **settings), context)
+
+    return arm
+
+
+def by_torch_pruning(model: Any, batches: Batches, draw: int) -> None:
+    """Removes what Torch-Pruning chooses."""
+    torch_pruning_arm.prune(model, batches, SHARE)
+
+
+ARMS: dict[str, Arm] = {
+    "ours": by(),
+    "torch-pruning": by_torch_pruning,
+    "taylor": by(importance="taylor", reconstruct=False),
+    "random": at_random,
+    "magnitude": by(importance="magnitude", reconstruct=False),
+}
+SAME_IN_EVERY_DRAW = ("magnitude",)
+
+
+# Runs
+
+
+class Study:
+    """The rows that are there, and what is needed to make more."""
+
+    def __init__(self, file: Path, part: str) -> None:
+        self.file, self.part = file, part
+        self.done = {(row["task"], row["draw"], row["arm"]) for row in read(file)}
+
+    def measure(self, name: str, draw: int, arms: Mapping[str, Arm], teacher: Path) -> None:
+        """Prunes and measures with each arm that is not there yet for this task and draw."""
+        first = {"original": None} | dict(arms) if draw == 0 else arms
+        wanted = [arm for arm in first if (name, draw, arm) not in self.done]
+        wanted = [arm for arm in wanted if draw == 0 or arm not in SAME_IN_EVERY_DRAW]
+        if not wanted:
+            return
+        task, tokenizer = get_task(name), AutoTokenizer.from_pretrained(teacher)
+        labels = AutoModelForSequenceClassification.from_pretrained(teacher).config.label2id
+        splits = load_data(task, str(glue_folder(self.part)), progress=False)
+        options = {"max_length": MAX_LENGTH, "label2id": labels}
+        drawn = splits["train"].shuffle(seed=draw).select(range(EXAMPLES))
+        batches = calibration_batches(list(preprocess(drawn, task, tokenizer, **options)), tokenizer)
+        validation = preprocess(splits["validation"], task, tokenizer, **options)
+        for arm in wanted:
+            model, seconds, removed = pruned(teacher, arms.get(arm), batches, draw)
+            quality = evaluate_quality(model, validation, task, tokenizer, batch_size=BATCH, progress=False)
+            del model
+            gc.collect()  # a graph of dependencies holds its model by cycles
+            row = {"task": name, "draw": draw, "arm": arm, "metric": task.metrics[0], "metrics": quality.metrics}
+            row |= {"flops_removed": round(removed, 4), "seconds": round(seconds, 1)}
+            row |= {"predictions": short(quality.predictions), "references": short(quality.references)}
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            with self.file.open("a") as lines:
+                lines.write(json.dumps(row) + "\n")
+            print(f"{time.strftime('%H:%M:%S')} {name} {draw} {arm} {quality.metrics} {seconds:.0f} s", flush=True)
+
+
+def pruned(teacher: Path, arm: Arm | None, batches: Batches, draw: int) -> tuple[Any, float, float]:
+    """Returns the model as an arm leaves it, the seconds it took, and the share of FLOPs removed."""
+    model: Any = AutoModelForSequenceClassification.from_pretrained(teacher).eval()
+    whole, started = layer_flops(model), time.perf_counter()
+    if arm is not None:
+        arm(model, batches, draw)
+    return model, time.perf_counter() - started, 1 - layer_flops(model) / whole
+
+
+def calibration_batches(rows: list[Any], tokenizer: Any) -> Batches:
+    """Returns batches of examples of similar length."""
+    collate, rows = DataCollatorWithPadding(tokenizer), sorted(rows, key=lambda row: len(row["input_ids"]))
+    starts = range(0, len(rows), CALIBRATION_BATCH)
+    return [dict(collate(rows[start : start + CALIBRATION_BATCH])) for start in starts]
+
+
+def layer_flops(model: Any) -> float:
+    """Returns the multiply-adds of all layers for a token of 128."""
+    return total_cost([*head_units(model), *neuron_units(model)], "flops")
+
+
+def short(values: Sequence[Any]) -> list[Any]:
+    """Returns numbers as they are written down."""
+    return [round(value, 4) if isinstance(value, float) else value for value in values]
+
+
+def read(file: Path) -> list[dict[str, Any]]:
+    """Returns the rows of a file; a line that was cut off is left out."""
+    rows = []
+    for line in file.read_text().splitlines() if file.exists() else ():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            continue
+    return rows
+
+
+def run(options: argparse.Namespace) -> None:
+    """Goes through all tasks draw by draw, so that wherever it is cut off the tasks are in balance."""
+    suffix = "" if options.part == "whole" else f"-{options.part}"
+    study = Study(options.results or RESULTS.with_stem(RESULTS.stem + suffix), options.part)
+    arms = {name: ARMS[name] for name in options.arms}
+    pending = [(name, draw) for draw in range(options.draws) for name in options.tasks]
+    while pending:
+        ready = [each for each in pending if (teacher_of(options, each[0]) / "report.json").exists()]
+        if not ready:
+            time.sleep(60)
+            continue
+        pending.remove(ready[0])
+        study.measure(*ready[0], arms, teacher_of(options, ready[0][0]))
+
+
+def teacher_of(options: argparse.Namespace, task: str) -> Path:
+    """Returns the folder of the model to prune."""
+    return options.teacher or teacher_folder("mpnet-base", task)
+
+
+# The summary
+
+
+def weighted(metric: str, weights: np.ndarray, predictions: np.ndarray, references: np.ndarray) -> np.ndarray:
+    """Returns a metric of every resample.
+
+    Args:
+        metric: `accuracy` or `pearson`.
+        weights: How often each example was drawn, `(resamples, examples)`.
+        predictions: `(examples,)`.
+        references: `(examples,)`.
+
+    Returns:
+        `(resamples,)`.
+    """
+    weights = weights / weights.sum(1, keepdims=True)
+    if metric == "accuracy":
+        return weights @ (predictions == references)
+    x, y = predictions.astype(float), references.astype(float)
+    mean_x, mean_y = weights @ x, weights @ y
+    covariance = weights @ (x * y) - mean_x * mean_y
+    return covariance / np.sqrt((weights @ x**2 - mean_x**2) * (weights @ y**2 - mean_y**2))
+
+
+class Losses:
+    """What every arm loses against the original, in points, pooled over tasks."""
+
+    def __init__(self, rows: Sequence[Mapping[str, Any]], seed: int = 0) -> None:
+        self.rows = {(row["task"], row["draw"], row["arm"]): row for row in rows}
+        self.tasks = [task for task in TASKS if (task, 0, "original") in self.rows]
+        self.arms = [arm for arm in ARMS if any(key[2] == arm for key in self.rows)]
+        self.draws = {task: list(self._draws(task)) for task in self.tasks}
+        self.tasks = [task for task in self.tasks if self.draws[task]]
+        generator = np.random.default_rng(seed)
+        self._examples, self._drawn = {}, {}
+        for task in self.tasks:
+            count = len(self.rows[task, 0, "original"]["references"])
+            again = generator.multinomial(count, np.full(count, 1 / count), size=RESAMPLES - 1)
+            self._examples[task] = np.concatenate([np.ones((1, count), dtype=int), again])  # the first is as it is
+            draws = len(self.draws[task])
+            taken = generator.multinomial(draws, np.full(draws, 1 / draws), size=RESAMPLES - 1) / draws
+            self._drawn[task] = np.concatenate([np.full((1, draws), 1 / draws), taken])
+
+    def _draws(self, task: str) -> Iterator[int]:
+        """Yields the draws for which every arm is there."""
+        for draw in range(DRAWS):
+            if all(self._row(task, draw, arm) for arm in self.arms):
+                yield draw
+
+    def _row(self, task: str, draw: int, arm: str) -> Mapping[str, Any] | None:
+        return self.rows.get((task, 0 if arm in SAME_IN_EVERY_DRAW else draw, arm))
+
+    def of(self, arm: str, task: str) -> np.ndarray:
+        """Returns points lost on a task: as measured, and of every resample `(RESAMPLES,)`."""
+        original = self.rows[task, 0, "original"]
+        right, weights = np.array(original["references"]), self._examples[task]
+        before = weighted(original["metric"], weights, np.array(original["predictions"]), right)
+        after = [
+            weighted(original["metric"], weights, np.array(row["predictions"]), right)
+            for draw in self.draws[task]
+            if (row := self._row(task, draw, arm))
+        ]
+        return 100 * (before - (np.stack(after, 1) * self._drawn[task]).sum(1))
+
+    def pooled(self, arm: str) -> np.ndarray:
+        """Returns the mean over tasks of the points lost, `(RESAMPLES,)`."""
+        return np.mean([self.of(arm, task) for task in self.tasks], axis=0)
+
+    def seconds(self, arm: str) -> float:
+        """Returns the median time of one pruning."""
+        return float(np.median([row["seconds"] for key, row in self.rows.items() if key[2] == arm]))
+
+
+def interval(values: np.ndarray) -> str:
+    """Returns the measured value, the first, and the 95% interval of the others."""
+    low, high = np.percentile(values[1:], [2.5, 97.5])
+    return f"{values[0]:6.2f} [{low:6.2f}, {high:6.2f}]"
+
+
+def summary(options: argparse.Namespace) -> None:
+    """Prints the table and draws the picture."""
+    file = options.results or RESULTS
+    losses = Losses(read(file))
+    counts = ", ".join(f"{task} {len(losses.draws[task])}" for task in losses.tasks)
+    print(f"points lost at {1 / (1 - SHARE):.1f}x fewer encoder FLOPs; draws: {counts}; 95% over draws and examples")
+    print(f"{'':15}{'pooled':>24}{'beyond ours':>24}{'seconds':>9}" + "".join(f"{task:>8}" for task in losses.tasks))
+    ours = losses.pooled("ours")
+    for arm in losses.arms:
+        pooled = losses.pooled(arm)
+        by_task = "".join(f"{losses.of(arm, task)[0]:8.2f}" for task in losses.tasks)
+        print(f"{arm:15}{interval(pooled):>24}{interval(pooled - ours):>24}{losses.seconds(arm):9.0f}{by_task}")
+    draw_picture(losses, file.with_suffix(".png"))
+
+
+def draw_picture(losses: Losses, file: Path) -> None:
+    """Draws each arm's pooled loss with its interval."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 0.5 * len(losses.arms) + 1.2), layout="constrained")
+    axes = figure.subplots()
+    values = [losses.pooled(arm) for arm in losses.arms]
+    ends = np.abs(np.array([np.percentile(each[1:], [2.5, 97.5]) - each[0] for each in values])).T
+    places = np.arange(len(values))[::-1]
+    axes.barh(places, [each[0] for each in values], xerr=ends, color="#4c72b0", ecolor="#333333", capsize=3)
+    axes.set_yticks(places, losses.arms)
+    axes.axvline(1, color="#c44e52", linewidth=1)
+    axes.set_xlabel(f"points lost, mean of {', '.join(losses.tasks)}")
+    axes.set_title("MPNet-base, half of the encoder's FLOPs removed without training", fontsize=10)
+    FigureCanvasAgg(figure).print_figure(file, dpi=120)
+
+
+def main() -> None:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("run", "summary"))
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS)
+    parser.add_argument("--arms", nargs="+", choices=tuple(ARMS), default=tuple(ARMS))
+    parser.add_argument("--draws", type=int, default=DRAWS)
+    parser.add_argument("--part", choices=("whole", "choices"), default="whole")
+    parser.add_argument("--results", type=Path, help="another file of rows")
+    parser.add_argument("--teacher", type=Path, help="another fine-tuned model, for a single task")
+    options = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    {"run": run, "summary": summary}[options.what](options)
+
+
+if __name__ == "__main__":
+    main()
