@@ -20,9 +20,10 @@ from hfcompress import compress
 from hfcompress.modeling.anatomy import embedding_paths
 from hfcompress.modeling.layers.bitsandbytes import kind_of
 from hfcompress.modeling.layers.quantized_embedding import QuantizedEmbedding
+from hfcompress.modeling.layers.tied import LowRankEmbedding
 from hfcompress.tasks import fetch_model
 from hfcompress.tasks.fetching import cache_folder
-from tests.matrix.cells import METHODS, Cell
+from tests.matrix.cells import HERE, METHODS, Cell
 from tests.matrix.making import keep, require_uneven
 from tests.matrix.running import ROOT, in_fresh_process
 from tests.tiny_models import run
@@ -68,7 +69,7 @@ def load(name: str) -> tuple[Any, dict[str, torch.Tensor]]:
     return model.eval(), {key: inputs[key] for key in ("input_ids", "attention_mask")}
 
 
-@pytest.mark.parametrize("method", [name for name in METHODS if name != "vocabulary"])
+@pytest.mark.parametrize("method", [name for name in HERE if name != "vocabulary"])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_real_model_reloads_exactly(name: str, method: str) -> None:
     model, inputs = load(name)
@@ -83,10 +84,11 @@ def test_a_real_model_reloads_exactly(name: str, method: str) -> None:
         require_uneven(cell, model)
     if method in ("int8", "nf4", "chain"):
         assert {kind_of(module) for module in model.modules()} - {None} == {"int8" if method == "int8" else "nf4"}
-    if method.startswith("embeddings") or method == "chain":
-        assert all(
-            isinstance(model.base_model.get_submodule(path), QuantizedEmbedding) for path in embedding_paths(model)
-        )
+    tables = [type(model.base_model.get_submodule(path)) for path in embedding_paths(model)]
+    if method in ("embeddings int8", "embeddings int4", "chain"):
+        assert set(tables) == {QuantizedEmbedding}
+    if method == "embeddings low rank":
+        assert LowRankEmbedding in tables
     with tempfile.TemporaryDirectory() as text:  # hundreds of megabytes: they go at once
         place = Path(text) / "cell"
         place.mkdir()

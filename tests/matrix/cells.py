@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 from transformers import PreTrainedModel
 
@@ -53,6 +54,8 @@ METHODS: dict[str, Callable[[PreTrainedModel], Sequence[Config]]] = {
     "unstructured": lambda model: [UnstructuredPruningConfig(sparsity=0.5)],
     "chain": _chain,
 }
+# torchao stands beside .venv (scripts/with_torchao.sh), and scripts/test.sh runs its cells there.
+HERE = [method for method in METHODS if method != "torchao" or find_spec("torchao")]
 # Where the stock config says all there is to say, an ordinary checkpoint is written.
 STOCK = ("layers", "vocabulary", "unstructured")
 

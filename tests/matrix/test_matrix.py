@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from tests.matrix.cells import CELLS, METHODS, POSSIBLE, Cell
+from tests.matrix.cells import CELLS, HERE, POSSIBLE, Cell
 from tests.matrix.checking import check_cell
 from tests.matrix.making import make_cell
 from tests.matrix.page import page
@@ -21,10 +20,6 @@ from tests.tiny_models import FAMILIES
 
 # The families that the issue names: for them nothing may be impossible.
 CONTRACT = ("bert", "roberta", "distilbert", "electra", "mpnet", "vit", "gpt2", "llama", "t5", "whisper")
-
-
-# It stands beside .venv (scripts/with_torchao.sh), and scripts/test.sh runs its cells there.
-HERE = [method for method in METHODS if method != "torchao" or find_spec("torchao")]
 
 
 def some_of(family: str) -> list[Cell]:
