@@ -5,7 +5,7 @@ and a quarter of them; `hfcompress factorize` runs on each, and the anonymous re
 mapped files do not count) is read while it does. Time is the process's own on the processor, whatever else the machine
 does. The exit code says whether the largest peak is below `--limit`.
 
-    python scripts/benchmark_streaming.py --folder /tmp/streaming
+    python scripts/benchmark_streaming.py --folder FOLDER
 """
 
 from __future__ import annotations
