@@ -5,6 +5,7 @@ The work is done by optimum and gptqmodel; the result is their stock checkpoint,
 
 from __future__ import annotations
 
+import logging
 from typing import Any, Literal
 
 import torch
@@ -83,6 +84,7 @@ def gptq(model: PreTrainedModel, config: GPTQMethodConfig, context: Context) -> 
     except (ValueError, NotImplementedError, ImportError) as error:
         raise CompressionError(f"no kernel here runs gptq of bits {config.bits} on {model.device}: {error}") from error
     training = model.training
+    logging.getLogger("optimum.gptq").setLevel(logging.WARNING)  # it says two things of every layer
     quantizer.quantize_model(model)
     model.train(training)
     quantizer.dataset = None  # the texts are no part of the record

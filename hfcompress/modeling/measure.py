@@ -14,7 +14,8 @@ def count_parameters(model: nn.Module) -> int:
     """Counts the numbers that a model holds, however few bits each takes; shared ones once."""
     total = 0
     for module in model.modules():
-        if kind_of(module) is not None:
+        # gptqmodel's layers have no kind of ours, and keep their weights in buffers.
+        if kind_of(module) is not None or "qweight" in module._buffers:
             total += int(module.in_features) * int(module.out_features)  # type: ignore[arg-type]
         if isinstance(module, QuantizedEmbedding):
             total += module.num_embeddings * module.embedding_dim

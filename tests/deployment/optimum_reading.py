@@ -24,8 +24,9 @@ def opened(job: dict[str, Any]) -> Any:
     else:
         from optimum import intel as engine
 
-        # Else OpenVINO computes in bfloat16 where the processor has it.
-        prefix, more = "OVModel", {"ov_config": {"INFERENCE_PRECISION_HINT": "f32"}}
+        # Else OpenVINO computes in bfloat16 where the processor has it, and rounds what enters layers of bytes.
+        exact = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}
+        prefix, more = "OVModel", {"ov_config": exact}
     if job["class"] == "ForCausalLM":
         more |= {"use_cache": False}
     return getattr(engine, prefix + job["class"]).from_pretrained(job["folder"], **more)

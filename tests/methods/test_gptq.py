@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from hfcompress import LowRankConfig, StructuredPruningConfig, compress
 from hfcompress.errors import CompressionError, ConfigError, MissingBackendError
 from hfcompress.methods.gptq import GPTQMethodConfig
+from hfcompress.modeling.measure import count_parameters
 
 HAS_GPTQ = importlib.util.find_spec("gptqmodel") is not None
 needs_gptq = pytest.mark.skipif(not HAS_GPTQ, reason="needs .venv-gptq: bash scripts/environment_gptq.sh")
@@ -49,10 +50,11 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
 @pytest.mark.slow
 def test_what_is_saved_is_what_is_loaded(tmp_path: Path) -> None:
     model = tiny_llama()
-    whole = logits(model)
+    whole, parameters = logits(model), count_parameters(model)
     compress(model, [GPTQMethodConfig(group_size=32)], calibration=[texts()])
     wanted = logits(model)
     assert 0 < (wanted - whole).abs().max() < 0.2
+    assert count_parameters(model) == parameters  # of fewer bits each
     model.save_pretrained(tmp_path / "1")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "1")
     assert torch.equal(logits(again), wanted)
