@@ -11,6 +11,7 @@ from typing import Any
 MANIFEST = "hfcompress_export.json"
 FORMAT = 1
 ENGINES = ("onnx", "openvino")
+WRITTEN = "decoder_input_ids"
 TASKS = (
     "text-classification",
     "token-classification",
@@ -19,6 +20,9 @@ TASKS = (
     "text-generation",
     "feature-extraction",
     "image-classification",
+    "text2text-generation",
+    "automatic-speech-recognition",
+    "audio-classification",
 )
 
 
@@ -36,18 +40,25 @@ class Manifest:
         engine: `onnx` or `openvino`.
         file: Name of the graph's file in the folder.
         task: One of `TASKS`.
-        inputs: Names of the graph's inputs; each is int64 `(batch, tokens)`, and `pixel_values` float32
-            `(batch, channels, height, width)`.
-        labels: Names of the classes in the order of the logits; none where there are no classes.
+        inputs: Names of the graph's inputs; each is int64 `(batch, tokens)`, but `pixel_values` float32
+            `(batch, channels, height, width)`, `input_values` float32 `(batch, numbers)` and `input_features`
+            float32 `(batch, pitches, moments)`.
+        labels: Names of the classes in the order of the logits, or the letters that they spell; none elsewhere.
         scores: How logits become scores: `softmax`, `sigmoid`, or `none` for numbers.
-        max_length: Tokens after which a text is cut; None of images.
-        padding: `id`, `type_id`, `token` and `side` of what fills a batch's shorter rows; None of images.
+        max_length: Tokens after which a text is cut; None of images and sounds.
+        padding: `id`, `type_id`, `token` and `side` of what fills a batch's shorter rows; None of images and sounds.
         truncation_side: Where a text that is too long is cut.
         precision: The float type that OpenVINO computes in unless it is told otherwise; None for its own choice.
         outputs: Names of the graph's outputs.
         mask_id: The token that is filled in, of `fill-mask`.
-        end_ids: The tokens that end a text, of `text-generation`.
+        begin_ids: The tokens that a decoder's text begins with.
+        end_ids: The tokens that end a text that is written.
+        never_ids: The tokens that are not written.
+        never_first_ids: The tokens that are not written first.
         image: How images become pixel values: `height`, `width`, `resample`, `factor`, `mean` and `std`.
+        sound: How sounds are read: `rate`, numbers a second, whether to `normalize` them, and how many `pitches` a
+            spectrogram has; None where they are read as they are. Spectrograms also have `window`, `hop` and
+            `numbers`, which every sound is cut or filled up to.
         products: `vnni` where 8-bit products may overflow on an x86 processor without VNNI; None elsewhere.
     """
 
@@ -63,9 +74,25 @@ class Manifest:
     precision: str | None
     outputs: tuple[str, ...] = ("logits",)
     mask_id: int | None = None
+    begin_ids: tuple[int, ...] = ()
     end_ids: tuple[int, ...] = ()
+    never_ids: tuple[int, ...] = ()
+    never_first_ids: tuple[int, ...] = ()
     image: Mapping[str, Any] | None = field(default=None)
+    sound: Mapping[str, Any] | None = field(default=None)
     products: str | None = None
+
+    @property
+    def writes(self) -> bool:
+        """Whether a decoder writes, of which what it has written is an input."""
+        return WRITTEN in self.inputs
+
+    @property
+    def reads(self) -> str:
+        """What enters the graph: `text`, `images` or `sounds`."""
+        if self.task in ("automatic-speech-recognition", "audio-classification"):
+            return "sounds"
+        return "images" if self.task == "image-classification" else "text"
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:
@@ -98,13 +125,16 @@ class Manifest:
 
     def _check_task(self, file: Path) -> None:
         """Refuses a manifest that lacks what its task needs."""
-        images = self.task == "image-classification"
-        needed: dict[str, Any] = {"image": self.image} if images else {"padding": self.padding}
-        needed |= {} if images else {"max_length": self.max_length}
-        if self.task in ("text-classification", "token-classification", "image-classification"):
+        needed: dict[str, Any] = {"padding": self.padding, "max_length": self.max_length}
+        if self.reads != "text":
+            needed = {"image": self.image} if self.reads == "images" else {"sound": self.sound}
+        spells = self.task == "automatic-speech-recognition" and not self.writes
+        if self.task.endswith("classification") or spells:
             needed["labels"] = self.labels
         if self.task == "fill-mask":
             needed["mask_id"] = self.mask_id
+        if self.writes:
+            needed |= {"begin_ids": self.begin_ids, "max_length": self.max_length}
         lacking = [name for name, value in needed.items() if value is None or value == ()]
         if self.task == "question-answering" and len(self.outputs) != 2:
             lacking.append("outputs")
@@ -133,6 +163,19 @@ def _image(value: Any) -> bool:
     return numbers and sizes and isinstance(value.get("factor"), (int, float)) and value.get("resample") in (2, 3)
 
 
+def _ids(value: Any) -> bool:
+    return isinstance(value, list) and all(type(each) is int for each in value)
+
+
+def _sound(value: Any) -> bool:
+    if value is None:
+        return True
+    if not isinstance(value, dict) or not isinstance(value.get("normalize"), bool) or "pitches" not in value:
+        return False
+    numbers = ("rate",) if value["pitches"] is None else ("rate", "pitches", "window", "hop", "numbers")
+    return all(type(value.get(name)) is int and value[name] > 0 for name in numbers)
+
+
 _CHECKS: Mapping[str, Callable[[Any], bool]] = {
     "engine": lambda value: value in ENGINES,
     # A name and no path: the graph lies in the folder.
@@ -147,8 +190,22 @@ _CHECKS: Mapping[str, Callable[[Any], bool]] = {
     "precision": lambda value: value in (None, "f32", "bf16", "f16"),
     "outputs": lambda value: _texts(value) and bool(value),
     "mask_id": lambda value: value is None or type(value) is int,
-    "end_ids": lambda value: isinstance(value, list) and all(type(each) is int for each in value),
+    "begin_ids": _ids,
+    "end_ids": _ids,
+    "never_ids": _ids,
+    "never_first_ids": _ids,
     "image": _image,
+    "sound": _sound,
     "products": lambda value: value in (None, "vnni"),
 }
-_ADDED = ("outputs", "mask_id", "end_ids", "image", "products")
+_ADDED = (
+    "outputs",
+    "mask_id",
+    "begin_ids",
+    "end_ids",
+    "never_ids",
+    "never_first_ids",
+    "image",
+    "sound",
+    "products",
+)

@@ -12,13 +12,16 @@ import numpy as np
 from hfcompress_runtime import answers
 from hfcompress_runtime.engines import Arrays, open_graph
 from hfcompress_runtime.images import pixel_values
-from hfcompress_runtime.manifest import Manifest, RuntimeFolderError
+from hfcompress_runtime.manifest import WRITTEN, Manifest, RuntimeFolderError
+from hfcompress_runtime.sounds import heard, spelled
 
 Text = str | Mapping[str, str]
 Precision = Literal["f32", "bf16", "f16"]
 USUAL = -1
-_USUAL_TOP_K = {"image-classification": 5, "fill-mask": 5}
+_USUAL_TOP_K = {"image-classification": 5, "audio-classification": 5, "fill-mask": 5}
 _WINDOW, _STRIDE = 384, 128  # tokens of a long context that are read at once, and by how many windows overlap
+_REAL = ("pixel_values", "input_values", "input_features")
+_NEW_TOKENS = 20
 _COLUMNS = {"input_ids": "ids", "attention_mask": "attention_mask", "token_type_ids": "type_ids"}
 
 
@@ -28,14 +31,14 @@ class Pipeline:
     Args:
         manifest: What the folder says.
         session: The graph in its engine.
-        tokenizer: A `tokenizers.Tokenizer`; None where the model reads images.
+        tokenizer: A `tokenizers.Tokenizer`; None where there are no tokens.
     """
 
     def __init__(self, manifest: Manifest, session: Any, tokenizer: Any = None) -> None:
         self.manifest = manifest
         self._session = session
         self._tokenizer = tokenizer
-        if tokenizer is not None:
+        if manifest.reads == "text":
             self._pad_and_cut()
 
     @property
@@ -80,12 +83,12 @@ class Pipeline:
         if precision is not None and manifest.engine != "openvino":
             raise RuntimeFolderError(f"precision is a choice of OpenVINO; this folder is for {manifest.engine}")
         graph, vocabulary = folder / manifest.file, folder / "tokenizer.json"
-        reads_images = manifest.task == "image-classification"
-        for file in (graph,) if reads_images else (graph, vocabulary):
+        tokens = manifest.reads == "text" or manifest.writes
+        for file in (graph, vocabulary) if tokens else (graph,):
             if not file.is_file():
                 raise RuntimeFolderError(f"{file} is missing from the export")
         try:
-            tokenizer = None if reads_images else _tokenizer(vocabulary)
+            tokenizer = _tokenizer(vocabulary) if tokens else None
             session = open_graph(folder, manifest, threads, precision)
         except RuntimeFolderError:
             raise
@@ -100,7 +103,7 @@ class Pipeline:
         top_k: int | None = USUAL,
         batch_size: int = 32,
         aggregation_strategy: Literal["none", "simple"] = "none",
-        max_new_tokens: int = 20,
+        max_new_tokens: int | None = None,
         **named: Any,
     ) -> Any:
         """Answers one input or a list of them, as transformers' pipeline of the task does.
@@ -108,20 +111,24 @@ class Pipeline:
         Args:
             inputs: Texts; a pair of texts is `{"text": ..., "text_pair": ...}`, a question `{"question": ...,
                 "context": ...}`. Images are uint8 arrays `(height, width, 3)`, Pillow images or paths, which need
-                Pillow. What is longer than the model takes is cut; a long context is read in windows.
+                Pillow. Sounds are arrays of numbers at the model's rate, or `{"raw": ..., "sampling_rate": ...}`,
+                and are read one by one. What is longer than the model takes is cut; a long context is read in
+                windows.
             top_k: How many answers to return, best first; None for all of them, and by default what transformers
-                returns: 1 of texts and questions, 5 of images and masks.
+                returns: 1 of texts and questions, 5 of images, sounds and masks.
             batch_size: Rows that go through the model together.
             aggregation_strategy: Of tokens: `simple` joins neighbours of one entity.
-            max_new_tokens: Of generated texts: the most that is added. The most likely token comes next, and the
-                whole text is read again for each, as the graph keeps no cache.
+            max_new_tokens: Of generated texts: the most that is added, by default 20, and of speech what the model
+                takes. The most likely token comes next, and everything is read again for each, as the graph keeps no
+                cache.
             named: `question` and `context`, in place of `inputs`.
 
         Returns:
             As transformers' pipelines: of texts one `{"label", "score"}` a text, or with another `top_k` a list of
             them; of tokens a list of entities a text; of questions `{"score", "start", "end", "answer"}`; of masks
-            a list of `{"score", "token", "token_str", "sequence"}`; of generated texts
-            `[{"generated_text"}]`; of features a list `(1, tokens, width)`. For one input alone, the answer itself.
+            a list of `{"score", "token", "token_str", "sequence"}`; of generated texts `[{"generated_text"}]`, of
+            texts written of others `{"generated_text"}`; of speech `{"text"}`; of features a list
+            `(1, tokens, width)`. For one input alone, the answer itself.
         """
         task = self.manifest.task
         given = named if inputs is None else inputs
@@ -130,23 +137,37 @@ class Pipeline:
         top = _USUAL_TOP_K.get(task, 1) if top_k == USUAL else top_k
         if task == "question-answering":
             made: list[Any] = [self._answer(row, top or 1, batch_size) for row in rows]
+        elif task == "text2text-generation":
+            written = [
+                text for part in _parts(rows, batch_size) for text in self.texts(self.encode(part), max_new_tokens)
+            ]
+            made = [{"generated_text": text} for text in written]
+        elif self.manifest.reads == "sounds":  # without a mask, what fills up a shorter one would be heard
+            made = [self._heard(self.encode([row]), top, max_new_tokens) for row in rows]
         elif task == "text-generation":
-            made = [each for part in _parts(rows, batch_size) for each in self._continued(part, max_new_tokens)]
+            count = _NEW_TOKENS if max_new_tokens is None else max_new_tokens
+            made = [each for part in _parts(rows, batch_size) for each in self._continued(part, count)]
         else:
             made = [each for part in _parts(rows, batch_size) for each in self._read(part, top, aggregation_strategy)]
         # Of one text transformers returns a list of its one label.
         return made[0] if alone and (task != "text-classification" or top != 1) else made
 
     def encode(self, texts: Sequence[Text]) -> dict[str, np.ndarray]:
-        """Turns texts, or images, into the graph's inputs: int64 `(texts, tokens)`, or float32 pixel values."""
+        """Turns texts, images, or sounds of one length into the graph's inputs.
+
+        They are int64 `(texts, tokens)`, without what a decoder has written, or float32.
+        """
+        if self.manifest.sound is not None:
+            return {self.manifest.inputs[0]: heard(texts, self.manifest.sound)}
         if self.manifest.image is not None:
             return {self.manifest.inputs[0]: pixel_values(texts, self.manifest.image)}
         return self._arrays(self._encode(texts))
 
     def outputs(self, inputs: Arrays) -> dict[str, np.ndarray]:
         """Runs the graph on its inputs; returns all outputs by name, float32."""
-        real = self.manifest.image is not None
-        arrays = {name: np.asarray(inputs[name], np.float32 if real else np.int64) for name in self.manifest.inputs}
+        arrays = {
+            name: np.asarray(inputs[name], np.float32 if name in _REAL else np.int64) for name in self.manifest.inputs
+        }
         return dict(zip(self.manifest.outputs, self._session.run(arrays), strict=True))
 
     def run(self, inputs: Arrays) -> np.ndarray:
@@ -161,6 +182,40 @@ class Pipeline:
         """Returns the logits of one batch of texts."""
         return self.run(self.encode(texts))
 
+    def texts(self, inputs: Arrays, max_new_tokens: int | None = None) -> list[str]:
+        """Returns what a model that writes or spells says of its inputs, without special tokens.
+
+        Args:
+            inputs: What the graph takes, but for what has been written.
+            max_new_tokens: As of a call.
+        """
+        said = self.manifest
+        if not said.writes:
+            return [spelled(row, said.labels) for row in self.run(inputs)]
+        assert said.max_length is not None
+        prompt = 1 if said.reads == "text" else len(said.begin_ids)  # transformers counts what is forced as written
+        usual = _NEW_TOKENS if said.reads == "text" else said.max_length
+        longest = min(prompt + (usual if max_new_tokens is None else max_new_tokens), said.max_length)
+        count = len(inputs[said.inputs[0]])
+        rows, going = [list(said.begin_ids) for _ in range(count)], list(range(count))
+        for length in range(len(said.begin_ids), longest):
+            if not going:
+                break
+            read = {name: inputs[name][going] for name in said.inputs if name != WRITTEN}
+            logits = self.run({**read, WRITTEN: np.array([rows[place] for place in going])})[:, -1]
+            never = said.never_ids + (said.never_first_ids if length == len(said.begin_ids) else ())
+            logits[:, list(never)] = -np.inf
+            for place, token in zip(going, logits.argmax(-1).tolist(), strict=True):
+                rows[place].append(token)
+            going = [place for place in going if rows[place][-1] not in said.end_ids]
+        own = len(said.begin_ids)
+        return [self._tokenizer.decode(row[own:], skip_special_tokens=True) for row in rows]
+
+    def _heard(self, inputs: Arrays, top_k: int | None, max_new_tokens: int | None) -> Any:
+        if self.manifest.task == "automatic-speech-recognition":
+            return {"text": self.texts(inputs, max_new_tokens)[0]}
+        return answers.best_labels(self.run(inputs)[0], self.manifest.labels, self.manifest.scores, top_k)
+
     def _encode(self, texts: Sequence[Text]) -> list[Any]:
         pairs = [each if isinstance(each, str) else (each["text"], each["text_pair"]) for each in texts]
         return self._tokenizer.encode_batch(pairs)
@@ -169,6 +224,7 @@ class Pipeline:
         return {
             name: np.array([getattr(each, _COLUMNS[name]) for each in encodings], np.int64)
             for name in self.manifest.inputs
+            if name != WRITTEN
         }
 
     def _read(self, part: list[Any], top_k: int | None, strategy: str) -> Iterator[Any]:

@@ -24,9 +24,8 @@ from hfcompress import StructuredPruningConfig, compress
 from hfcompress.deployment import ExportConfig, export
 from hfcompress.errors import HFCompressError, UnsupportedModelError
 from hfcompress.tasks.fetching import cache_folder
-from tests.other_tasks import ViTImageProcessorPil
+from tests.processors import processor_of
 from tests.tiny_models import CELLS, FAMILIES, class_of, make
-from tests.workshop import tiny_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "exports.md"
@@ -37,8 +36,9 @@ _INTRODUCTION = """# Exports: every family and head
 
 Made by `scripts/export_matrix.py`. Each cell is a tiny random model, pruned to different numbers of heads and neurons
 in its layers where that is possible, exported in float and run by its engine on batches of 2 x 9, 1 x 1, 3 x 24 and
-1 x 40 tokens (of images on as many rows): the number is the largest difference from the checkpoint's outputs, over
-the largest output. Every one of them takes any number of rows and tokens.
+1 x 40 tokens (of images and spectrograms on as many rows, of sounds on as many moments): the number is the largest
+difference from the checkpoint's outputs, over the largest output. Every one of them takes any number of rows and
+tokens.
 
 """
 
@@ -53,8 +53,7 @@ def outcome(family: str, head: str, engine: Any) -> dict[str, Any]:
         except HFCompressError:
             model = make(family, head)
         model.save_pretrained(folder / "model")
-        processor = ViTImageProcessorPil(size={"height": 8, "width": 8}) if family == "vit" else tiny_tokenizer()
-        processor.save_pretrained(folder / "model")
+        processor_of(family, head).save_pretrained(folder / "model")
         try:
             made = export(folder / "model", folder / "out", ExportConfig(format=engine))
         except UnsupportedModelError as error:

@@ -19,6 +19,7 @@ from hfcompress_runtime import MANIFEST, Manifest, Pipeline, RuntimeFolderError
 from hfcompress_runtime.answers import spans
 from hfcompress_runtime.engines import require_products
 from hfcompress_runtime.images import pixel_values, resized
+from hfcompress_runtime.sounds import heard, spelled
 
 WHOLE: dict[str, Any] = {
     "format": 1,
@@ -33,6 +34,7 @@ WHOLE: dict[str, Any] = {
     "truncation_side": "right",
     "precision": None,
 }
+HEARD = {"rate": 16000, "normalize": True, "pitches": None}
 
 
 def write(folder: Path, **changes: Any) -> Path:
@@ -123,6 +125,11 @@ def test_a_manifest_of_the_first_version_is_read(tmp_path: Path) -> None:
         ({"task": "text-classification", "max_length": None}, "'max_length'"),
         ({"task": "image-classification", "image": {"height": 12}}, "'image'"),
         ({"end_ids": ["2"]}, "'end_ids'"),
+        ({"task": "audio-classification"}, "'sound'"),
+        ({"task": "audio-classification", "sound": {"rate": 16000, "normalize": True, "pitches": 80}}, "'sound'"),
+        ({"task": "automatic-speech-recognition", "sound": HEARD, "labels": []}, "'labels'"),
+        ({"task": "automatic-speech-recognition", "sound": HEARD, "inputs": ["decoder_input_ids"]}, "'begin_ids'"),
+        ({"task": "text2text-generation", "inputs": ["input_ids", "decoder_input_ids"]}, "'begin_ids'"),
         ({"products": "amx"}, "'products'"),
     ],
 )
@@ -131,6 +138,35 @@ def test_a_manifest_that_lacks_what_its_task_needs_is_refused(
 ) -> None:
     with pytest.raises(RuntimeFolderError, match=said.replace("'", ".")):
         Manifest.read(write(tmp_path, **changes))
+
+
+@pytest.mark.parametrize("numbers", [900, 16_000, 40_000])
+def test_spectrograms_are_those_of_whisper(numbers: int) -> None:
+    from transformers import WhisperFeatureExtractor
+
+    extractor = WhisperFeatureExtractor(chunk_length=2)
+    sound = np.random.default_rng(0).normal(size=numbers).astype(np.float32) / 3
+    how = {"rate": 16_000, "normalize": False, "pitches": 80, "window": 400, "hop": 160, "numbers": 32_000}
+    wanted = extractor(sound, sampling_rate=16_000, return_tensors="np").input_features
+    found = heard([{"array": sound, "sampling_rate": 16_000}], how)
+    assert found.shape == wanted.shape == (1, 80, 200) and found.dtype == np.float32
+    assert np.abs(found - wanted).max() < 1e-4
+
+
+def test_sounds_are_evened_out_as_by_wav2vec2() -> None:
+    from transformers import Wav2Vec2FeatureExtractor
+
+    sound = np.random.default_rng(0).normal(3, 2, size=700).astype(np.float32)
+    wanted = Wav2Vec2FeatureExtractor()(sound, sampling_rate=16_000, return_tensors="np").input_values
+    assert np.abs(heard([sound], HEARD) - wanted).max() < 1e-6
+    for wrong in ([], [[0.1, 0.2]], {"raw": sound, "sampling_rate": 8_000}):
+        with pytest.raises(ValueError, match=r"a sampling rate of 8000|one row of numbers"):
+            heard([wrong], HEARD)
+
+
+def test_repeated_letters_are_parted_by_blanks() -> None:
+    said = [1, 1, 0, 1, 2, 2, 3, 0, 0]
+    assert spelled(np.eye(4)[said], ["", "a", "b", " "]) == "aab"
 
 
 def test_products_that_would_overflow_are_refused() -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, cast
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from torch import nn
 
 from hfcompress.configuration import Config
 from hfcompress.deployment import companions, to_onnx, to_openvino, tracing
+from hfcompress.deployment.heads import WRITTEN
 from hfcompress.deployment.preparing import Embeddings, prepare
 from hfcompress.deployment.tracing import Source
 from hfcompress.errors import CheckpointError, CompressionError, RunFolderError
@@ -181,6 +182,10 @@ def _require_data(config: ExportConfig, calibration: Sequence[Batch], score: Sco
 
 
 def _batch(batch: Batch, source: Source) -> dict[str, torch.Tensor]:
+    if source.head.writes and WRITTEN not in batch and "labels" in batch:
+        # A decoder reads what is right up to each place, as in training.
+        shifted = cast(Any, source.model).prepare_decoder_input_ids_from_labels(labels=batch["labels"])
+        batch = {**batch, WRITTEN: shifted}
     missing = [name for name in source.inputs if name not in batch]
     if missing:
         raise CompressionError(

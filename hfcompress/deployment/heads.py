@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any, Literal
 
 from hfcompress.errors import UnsupportedModelError
 
-Reads = Literal["text", "images"]
+Reads = Literal["text", "images", "sounds", "spectrograms"]
 _INPUTS: Mapping[Reads, tuple[str, ...]] = {
     "text": ("input_ids", "attention_mask", "token_type_ids"),
     "images": ("pixel_values",),
+    "sounds": ("input_values",),
+    "spectrograms": ("input_features",),
 }
-_MAIN_INPUT: Mapping[str, Reads] = {"input_ids": "text", "pixel_values": "images"}
+WRITTEN = "decoder_input_ids"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,44 +23,83 @@ class Head:
     """A kind of head.
 
     Attributes:
+        suffix: How the names of its classes end.
         task: Its name on the Hub, and what the runtime does with its outputs.
         auto_class: The class of transformers that loads it.
         outputs: The fields of the model's output that the graph returns, in order.
         reads: What enters the model.
+        writes: Whether a decoder writes another text, of which what is there already enters too.
     """
 
+    suffix: str
     task: str
     auto_class: str
     outputs: tuple[str, ...] = ("logits",)
     reads: Reads = "text"
+    writes: bool = False
 
     @property
     def inputs(self) -> tuple[str, ...]:
         """The tensors that a graph may take, in order."""
-        return _INPUTS[self.reads]
+        return (*_INPUTS[self.reads], WRITTEN) if self.writes else _INPUTS[self.reads]
 
 
-# Suffixes of class names; a longer one comes before the shorter one that it ends with.
-HEADS: Mapping[str, Head] = MappingProxyType(
-    {
-        "ForSequenceClassification": Head(task="text-classification", auto_class="AutoModelForSequenceClassification"),
-        "ForTokenClassification": Head(task="token-classification", auto_class="AutoModelForTokenClassification"),
-        "ForQuestionAnswering": Head(
-            task="question-answering",
-            auto_class="AutoModelForQuestionAnswering",
-            outputs=("start_logits", "end_logits"),
-        ),
-        "ForMaskedLM": Head(task="fill-mask", auto_class="AutoModelForMaskedLM"),
-        "ForCausalLM": Head(task="text-generation", auto_class="AutoModelForCausalLM"),
-        "LMHeadModel": Head(task="text-generation", auto_class="AutoModelForCausalLM"),
-        "ForImageClassification": Head(
-            task="image-classification", auto_class="AutoModelForImageClassification", reads="images"
-        ),
-        "EncoderModel": Head(
-            task="feature-extraction", auto_class="AutoModelForTextEncoding", outputs=("last_hidden_state",)
-        ),
-        "Model": Head(task="feature-extraction", auto_class="AutoModel", outputs=("last_hidden_state",)),
-    }
+# A longer suffix comes before the shorter one that it ends with.
+HEADS = (
+    Head(
+        suffix="ForSequenceClassification",
+        task="text-classification",
+        auto_class="AutoModelForSequenceClassification",
+    ),
+    Head(
+        suffix="ForSequenceClassification",
+        task="audio-classification",
+        auto_class="AutoModelForAudioClassification",
+        reads="sounds",
+    ),
+    Head(suffix="ForTokenClassification", task="token-classification", auto_class="AutoModelForTokenClassification"),
+    Head(
+        suffix="ForQuestionAnswering",
+        task="question-answering",
+        auto_class="AutoModelForQuestionAnswering",
+        outputs=("start_logits", "end_logits"),
+    ),
+    Head(suffix="ForMaskedLM", task="fill-mask", auto_class="AutoModelForMaskedLM"),
+    Head(suffix="ForCausalLM", task="text-generation", auto_class="AutoModelForCausalLM"),
+    Head(suffix="LMHeadModel", task="text-generation", auto_class="AutoModelForCausalLM"),
+    Head(
+        suffix="ForConditionalGeneration",
+        task="text2text-generation",
+        auto_class="AutoModelForSeq2SeqLM",
+        writes=True,
+    ),
+    Head(
+        suffix="ForConditionalGeneration",
+        task="automatic-speech-recognition",
+        auto_class="AutoModelForSpeechSeq2Seq",
+        reads="spectrograms",
+        writes=True,
+    ),
+    Head(
+        suffix="ForImageClassification",
+        task="image-classification",
+        auto_class="AutoModelForImageClassification",
+        reads="images",
+    ),
+    Head(
+        suffix="ForAudioClassification",
+        task="audio-classification",
+        auto_class="AutoModelForAudioClassification",
+        reads="spectrograms",
+    ),
+    Head(suffix="ForCTC", task="automatic-speech-recognition", auto_class="AutoModelForCTC", reads="sounds"),
+    Head(
+        suffix="EncoderModel",
+        task="feature-extraction",
+        auto_class="AutoModelForTextEncoding",
+        outputs=("last_hidden_state",),
+    ),
+    Head(suffix="Model", task="feature-extraction", auto_class="AutoModel", outputs=("last_hidden_state",)),
 )
 
 
@@ -72,26 +112,25 @@ def head_of(config: Any) -> Head:
     Raises:
         UnsupportedModelError: It is none that can be exported.
     """
-    import transformers
-
     named = str((config.architectures or ["nothing"])[0])
-    head = next((each for suffix, each in HEADS.items() if named.endswith(suffix)), None)
-    # Only a class that transformers itself lists for this config and head is loaded.
-    listed = getattr(transformers, head.auto_class)._model_mapping if head else {}
-    found = listed.get(type(config), None)
-    model_class = next((each for each in _as_tuple(found) if each.__name__ == named), None)
-    if head is None or model_class is None or _MAIN_INPUT.get(model_class.main_input_name) != head.reads:
+    head = next((each for each in HEADS if named.endswith(each.suffix) and _loads(each, config, named)), None)
+    if head is None:
         raise UnsupportedModelError(
-            f"{named} cannot be exported; heads that can: {', '.join(HEADS)}",
+            f"{named} cannot be exported; heads that can: {', '.join(dict.fromkeys(each.suffix for each in HEADS))}",
             hint="Fine-tune it for one of these, or run the checkpoint with transformers.",
         )
-    if head is HEADS["Model"] and config.is_encoder_decoder:
+    if head.suffix == "Model" and config.is_encoder_decoder:
         raise UnsupportedModelError(
-            f"{named} reads one text and writes another; such models cannot be exported",
-            hint="Run the checkpoint with transformers. An encoder alone (T5EncoderModel) can be exported.",
+            f"{named} reads one text and writes another, and has no head; such models cannot be exported",
+            hint="Export it with its head (ForConditionalGeneration), or its encoder alone (T5EncoderModel).",
         )
     return head
 
 
-def _as_tuple(value: Any) -> tuple[Any, ...]:
-    return value if isinstance(value, tuple) else () if value is None else (value,)
+def _loads(head: Head, config: Any, named: str) -> bool:
+    """Whether a head is what a class is: only one that transformers itself lists for the config is ever loaded."""
+    import transformers
+
+    found = getattr(transformers, head.auto_class)._model_mapping.get(type(config), None)
+    listed = found if isinstance(found, tuple) else () if found is None else (found,)
+    return any(each.__name__ == named and each.main_input_name == head.inputs[0] for each in listed)

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
-from hfcompress.deployment.heads import Head, head_of
+from hfcompress.deployment.heads import WRITTEN, Head, head_of
 from hfcompress.errors import CheckpointError, UnsupportedModelError
 from hfcompress.modeling.layers.quantized_embedding import quantize_rows
 
@@ -30,10 +30,10 @@ class Source:
 
     Attributes:
         model: In float32 and evaluation mode.
-        processor: The tokenizer in the folder; of images the image processor.
+        processor: The tokenizer in the folder; of images and sounds what prepares them.
         head: What the model's head does.
         inputs: The tensors that the graph takes, in the order of the trace.
-        max_length: The most tokens a row may have; None where rows are no tokens.
+        max_length: The most tokens a row may have, of speech those of its text; None where there are no tokens.
     """
 
     model: PreTrainedModel
@@ -52,7 +52,7 @@ def load(directory: Path, *, fused_attention: bool = False) -> Source:
     """Loads a checkpoint and checks that it can be exported.
 
     Args:
-        directory: A checkpoint folder with its tokenizer or image processor.
+        directory: A checkpoint folder with its tokenizer, or what prepares its images or sounds.
         fused_attention: Whether to trace attention as one operation, where the family can.
 
     Raises:
@@ -77,10 +77,12 @@ def load(directory: Path, *, fused_attention: bool = False) -> Source:
     model = getattr(transformers, head.auto_class).from_pretrained(directory, dtype=torch.float32).eval()
     model.set_attn_implementation("sdpa" if fused_attention and model._supports_sdpa else "eager")
     taken = inspect.signature(model.forward).parameters
-    if head.reads == "images":
-        return Source(model=model, processor=_images(directory), head=head, inputs=head.inputs, max_length=None)
+    if head.reads != "text":
+        longest = model.config.max_target_positions if head.writes else None
+        processor = _processor(directory, head)
+        return Source(model=model, processor=processor, head=head, inputs=head.inputs, max_length=longest)
     tokenizer = _tokenizer(directory)
-    given = {"input_ids", "attention_mask", *tokenizer.model_input_names}
+    given = {"input_ids", "attention_mask", WRITTEN, *tokenizer.model_input_names}
     inputs = tuple(name for name in head.inputs if name in taken and name in given)
     if inputs[:2] != head.inputs[:2]:
         raise UnsupportedModelError(f"{directory}: {type(model).__name__} does not take input_ids and attention_mask")
@@ -101,13 +103,17 @@ def _tokenizer(directory: Path) -> Any:
     return tokenizer
 
 
-def _images(directory: Path) -> Any:
-    from transformers import AutoImageProcessor
+def _processor(directory: Path, head: Head) -> Any:
+    from transformers import AutoFeatureExtractor, AutoImageProcessor, AutoProcessor
 
+    auto = AutoProcessor if head.task == "automatic-speech-recognition" else AutoFeatureExtractor
     try:
-        return AutoImageProcessor.from_pretrained(directory)
+        processor = (AutoImageProcessor if head.reads == "images" else auto).from_pretrained(directory)
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{directory}: its image processor cannot be loaded: {error}") from None
+        raise CheckpointError(f"{directory}: what prepares its {head.reads} cannot be loaded: {error}") from None
+    if head.writes and not getattr(processor.tokenizer, "is_fast", False):
+        raise CheckpointError(f"{directory}: its tokenizer has no tokenizer.json, which the runtime reads")
+    return processor
 
 
 def _max_length(model: PreTrainedModel, tokenizer: Any) -> int:
@@ -126,6 +132,7 @@ def _max_length(model: PreTrainedModel, tokenizer: Any) -> int:
 
 
 _NO_LIMIT = 1 << 16
+_MOMENTS = 2  # of a sound, at the least: one alone would be traced as a size that is always 1
 
 
 class _Graph(nn.Module):
@@ -151,20 +158,39 @@ def example(source: Source, rows: int, tokens: int, seed: int = 0) -> dict[str, 
     Args:
         source: What they are for.
         rows: How many.
-        tokens: In a row, at most as many as the model takes; of images nothing.
+        tokens: In a row, at most as many as the model takes; of sounds moments that it says something of; of images
+            nothing.
         seed: Of the numbers.
 
     Returns:
-        int64 `(rows, tokens)`, where the last row is padded if there is room for it; of images `pixel_values`,
-        float32 `(rows, channels, height, width)`.
+        int64 `(rows, tokens)`, where the last row is padded if there is room for it, and a text that a decoder has
+        begun is half as long; of images `pixel_values`, float32 `(rows, channels, height, width)`; of sounds
+        `input_values`, float32 `(rows, numbers)`, or `input_features`, float32 `(rows, pitches, moments)`.
     """
     generator = torch.Generator().manual_seed(seed)
     config = cast(Any, source.model.config)
-    if source.head.reads == "images":
-        size = config.image_size
-        height, width = size if isinstance(size, list | tuple) else (size, size)
-        return {"pixel_values": torch.randn(rows, config.num_channels, height, width, generator=generator)}
     tokens = min(tokens, source.max_length or tokens)
+    if source.head.reads == "text":
+        values = _texts(source, rows, tokens, generator)
+    else:
+        values = {source.inputs[0]: torch.randn(rows, *_sizes(source, tokens), generator=generator)}
+    values[WRITTEN] = torch.randint(0, config.vocab_size, (rows, tokens // 2 + 1), generator=generator)
+    return {name: values[name] for name in source.inputs}
+
+
+def _sizes(source: Source, moments: int) -> tuple[int, ...]:
+    """Returns the sizes of one image, or of a sound of so many moments."""
+    config = cast(Any, source.model.config)
+    if source.head.reads == "sounds":
+        return (_numbers(config, max(moments, _MOMENTS)),)
+    if source.head.reads == "spectrograms":
+        return config.num_mel_bins, 2 * config.max_source_positions  # of half a minute, always
+    size = config.image_size
+    return config.num_channels, *(size if isinstance(size, list | tuple) else (size, size))
+
+
+def _texts(source: Source, rows: int, tokens: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    config = cast(Any, source.model.config)
     ids = torch.randint(0, config.vocab_size, (rows, tokens), generator=generator)
     pad = source.processor.pad_token_id
     if pad is not None:
@@ -173,8 +199,14 @@ def example(source: Source, rows: int, tokens: int, seed: int = 0) -> dict[str, 
     if rows > 1 and tokens > 2 and pad is not None:
         ids[-1, -(tokens // 3) :] = pad
         mask[-1, -(tokens // 3) :] = 0
-    values = {"input_ids": ids, "attention_mask": mask, "token_type_ids": torch.zeros_like(ids)}
-    return {name: values[name] for name in source.inputs}
+    return {"input_ids": ids, "attention_mask": mask, "token_type_ids": torch.zeros_like(ids)}
+
+
+def _numbers(config: Any, moments: int) -> int:
+    """Returns how many numbers of a sound become so many moments behind the convolutions that read it."""
+    for kernel, stride in reversed(list(zip(config.conv_kernel, config.conv_stride, strict=True))):
+        moments = (moments - 1) * stride + kernel
+    return moments
 
 
 def reference(source: Source, inputs: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
@@ -193,10 +225,7 @@ def trace(source: Source) -> torch.export.ExportedProgram:
     # The wrapper too: the tracer reads the mode off the outermost module and would turn dropout on.
     wrapper = _Graph(source).eval()
     inputs = example(source, 2, 9)
-    dynamic: dict[int, Any] = {0: torch.export.Dim("batch", min=1)}
-    if source.max_length is not None:
-        dynamic[1] = torch.export.Dim("sequence", min=1, max=source.max_length)
-    shapes = (tuple(dict(dynamic) for _ in source.inputs),)
+    shapes = (_dynamic(source),)
     try:
         with quiet():
             return torch.export.export(wrapper, tuple(inputs.values()), dynamic_shapes=shapes)
@@ -206,6 +235,19 @@ def trace(source: Source) -> torch.export.ExportedProgram:
             f"{type(source.model).__name__} cannot be traced with any number of rows and tokens: {said}",
             hint="Its checkpoint still runs with transformers. With a removed head or another family it may trace.",
         ) from error
+
+
+def _dynamic(source: Source) -> tuple[dict[int, Any], ...]:
+    """Returns for each input which of its sizes may be any: rows, and tokens or numbers of a sound."""
+    batch = torch.export.Dim("batch", min=1)
+    length: dict[str, Any] = {}
+    if source.head.reads == "text":
+        length = dict.fromkeys(source.inputs, torch.export.Dim("sequence", min=1, max=source.max_length))
+    if source.head.writes:
+        length[WRITTEN] = torch.export.Dim("written", min=1, max=source.max_length)
+    if source.head.reads == "sounds":
+        length["input_values"] = torch.export.Dim("numbers", min=_numbers(source.model.config, _MOMENTS))
+    return tuple({0: batch} | ({1: length[name]} if name in length else {}) for name in source.inputs)
 
 
 def module_path(noted: str) -> str:

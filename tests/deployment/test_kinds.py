@@ -9,7 +9,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoModelForCausalLM, AutoModelForQuestionAnswering, AutoTokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForCTC,
+    AutoModelForQuestionAnswering,
+    AutoProcessor,
+    AutoTokenizer,
+)
 from transformers import pipeline as stock_pipeline
 
 from hfcompress.deployment import ExportConfig, Pipeline, export
@@ -18,11 +24,20 @@ from hfcompress.evaluation.metrics import answered, score
 from hfcompress.tasks import Task, TaskConfig
 from tests.deployment.engines import ENGINE_WARNINGS, EVERY_ENGINE, near
 from tests.other_tasks import save_task, texts
+from tests.processors import processor_of
 from tests.tiny_models import make
 from tests.workshop import tiny_tokenizer
 
 pytestmark = ENGINE_WARNINGS
-CALIBRATED = ("causal_lm", "masked_lm", "token_classification", "question_answering", "image_classification")
+CALIBRATED = (
+    "causal_lm",
+    "masked_lm",
+    "token_classification",
+    "question_answering",
+    "image_classification",
+    "summarization",
+    "speech_recognition",
+)
 
 
 def exported(folder: Path, engine: str, kind: str, **how: Any) -> tuple[Path, Pipeline]:
@@ -75,6 +90,83 @@ def test_images_are_classified_as_by_transformers(engine: str, tmp_path: Path) -
     images[0].save(tmp_path / "one.png")
     assert near(ours(str(tmp_path / "one.png")), wanted[0])
     assert near(ours(images[0], top_k=1), wanted[0][:1])
+
+
+@EVERY_ENGINE
+@pytest.mark.parametrize(("family", "seed"), [("bart", 2), ("t5", 0)])
+def test_texts_are_written_as_by_transformers(engine: str, family: str, seed: int, tmp_path: Path) -> None:
+    model, tokenizer = make(family, "ConditionalGeneration"), tiny_tokenizer()
+    torch.manual_seed(seed)
+    for each in model.parameters():  # else every text is the same
+        each.data += 0.3 * torch.randn_like(each)
+    model.generation_config.forced_eos_token_id = None
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    export(tmp_path / "model", tmp_path / "out", ExportConfig(format=engine))  # type: ignore[arg-type]
+    ours = Pipeline.from_pretrained(tmp_path / "out", threads=1)
+    asked = ["a very good film", "the plot", "the plot was very bad and dull"]
+    wanted = []
+    for text in asked:
+        ids = tokenizer(text, return_tensors="pt").input_ids
+        made = model.generate(ids, max_new_tokens=6, do_sample=False, num_beams=1)
+        wanted.append({"generated_text": tokenizer.decode(made[0], skip_special_tokens=True)})
+    assert ours(asked, max_new_tokens=6, batch_size=2) == wanted
+    assert ours(asked[1], max_new_tokens=6) == wanted[1]
+    assert len({each["generated_text"] for each in wanted}) == len(wanted)
+
+
+def sounds(count: int) -> list[np.ndarray]:
+    generator = np.random.default_rng(0)
+    return [generator.normal(size=700 + 90 * each).astype(np.float32) for each in range(count)]
+
+
+@EVERY_ENGINE
+def test_speech_is_spelled_as_by_transformers(engine: str, tmp_path: Path) -> None:
+    source, ours = exported(tmp_path, engine, "speech_recognition")
+    processor, model = AutoProcessor.from_pretrained(source), AutoModelForCTC.from_pretrained(source).eval()
+    asked, rate, wanted = sounds(3), processor.feature_extractor.sampling_rate, []
+    for sound in asked:
+        heard = processor(sound, sampling_rate=rate, return_tensors="pt").input_values
+        with torch.no_grad():
+            said = model(heard).logits.argmax(-1)[0]
+        wanted.append({"text": processor.tokenizer.decode(said).strip()})
+    assert ours(asked) == wanted and all(each["text"] for each in wanted)
+    assert ours({"raw": asked[0], "sampling_rate": rate}) == wanted[0]
+    with pytest.raises(ValueError, match=f"the model hears {rate}"):
+        ours({"raw": asked[0], "sampling_rate": rate + 1})
+
+
+@EVERY_ENGINE
+def test_speech_is_written_as_by_transformers(engine: str, tmp_path: Path) -> None:
+    model = make("whisper", "ConditionalGeneration")
+    torch.manual_seed(1)
+    for each in model.parameters():
+        each.data += 0.5 * torch.randn_like(each)
+    assert model.generation_config is not None
+    model.generation_config.update(suppress_tokens=[7], begin_suppress_tokens=[2], max_length=20)
+    model.save_pretrained(tmp_path / "model")
+    processor = processor_of("whisper", "ConditionalGeneration")
+    processor.save_pretrained(tmp_path / "model")
+    export(tmp_path / "model", tmp_path / "out", ExportConfig(format=engine))  # type: ignore[arg-type]
+    asked, wanted = sounds(2), []
+    for sound in asked:
+        heard = processor(sound, sampling_rate=16_000, return_tensors="pt").input_features
+        made = model.generate(heard, max_new_tokens=6)  # type: ignore[operator]
+        wanted.append({"text": processor.tokenizer.decode(made[0], skip_special_tokens=True)})
+    assert Pipeline.from_pretrained(tmp_path / "out")(asked, max_new_tokens=6) == wanted
+    assert all(each["text"] for each in wanted)
+
+
+@EVERY_ENGINE
+@pytest.mark.parametrize("family", ["wav2vec2", "whisper"])
+def test_sounds_are_classified_as_by_transformers(engine: str, family: str, tmp_path: Path) -> None:
+    head = {"wav2vec2": "SequenceClassification", "whisper": "AudioClassification"}[family]
+    make(family, head).save_pretrained(tmp_path / "model")
+    processor_of(family, head).save_pretrained(tmp_path / "model")
+    export(tmp_path / "model", tmp_path / "out", ExportConfig(format=engine))  # type: ignore[arg-type]
+    asked = sounds(2)
+    wanted = stock_pipeline("audio-classification", str(tmp_path / "model"))(asked)
+    assert near(Pipeline.from_pretrained(tmp_path / "out")(asked), wanted)
 
 
 def best_span(source: Path, question: str, context: str) -> tuple[int, int]:

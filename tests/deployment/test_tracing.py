@@ -90,8 +90,8 @@ def test_code_that_depends_on_values_is_refused(tmp_path: Path) -> None:
         ("bert", "MultipleChoice", "heads that can: ForSequenceClassification, "),
         ("gpt2", "DoubleHeadsModel", "heads that can: "),
         ("vit", "", "heads that can: "),
-        ("wav2vec2", "SequenceClassification", "heads that can: "),
-        ("bart", "ConditionalGeneration", "heads that can: "),
+        ("wav2vec2", "XVector", "heads that can: "),
+        ("wav2vec2", "PreTraining", "heads that can: "),
         ("bart", "", "reads one text and writes another"),
     ],
 )
