@@ -171,13 +171,20 @@ def quantize(
         else:
             signed = target == "arm64"
             kinds = quantization.QuantType
+            options = {
+                "MatMulConstBOnly": True,
+                "ActivationSymmetric": signed,
+                "WeightSymmetric": True,
+                # Else products are rounded again as they leave a layer, which costs most of the quality and no time.
+                "OpTypesToExcludeOutputQuantization": common["op_types_to_quantize"],
+            }
             quantization.quantize_static(
                 source,
                 place,
                 _reader(batches, inputs),
                 quant_format=quantization.QuantFormat.QDQ,
                 activation_type=kinds.QInt8 if signed else kinds.QUInt8,
-                extra_options={"MatMulConstBOnly": True, "ActivationSymmetric": signed, "WeightSymmetric": True},
+                extra_options=options,
                 **common,
             )
 

@@ -56,7 +56,9 @@ class Results:
         self.rows: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
     def add(self, key: str, value: Any) -> None:
-        """Writes a row, whole or not at all."""
+        """Writes a row, whole or not at all, beside what another process may have written meanwhile."""
+        if self.file.is_file():
+            self.rows = json.loads(self.file.read_text(encoding="utf-8"))
         self.rows[key] = value
         self.file.parent.mkdir(exist_ok=True)
         partial = self.file.with_suffix(".partial")

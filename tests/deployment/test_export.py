@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, BertCon
 from transformers import pipeline as stock_pipeline
 
 import hfcompress_runtime
-from hfcompress import LowRankConfig, QuantizationConfig, StructuredPruningConfig, compress
+from hfcompress import LayerDroppingConfig, LowRankConfig, QuantizationConfig, StructuredPruningConfig, compress
 from hfcompress.deployment import ExportConfig, Pipeline, export, to_onnx
 from hfcompress.deployment.export import fewest
 from hfcompress.deployment.preparing import prepare
@@ -45,6 +45,7 @@ STEPS = {
     "dense": [],
     "pruned": [StructuredPruningConfig(heads=0.4, neurons=0.3)],
     "low_rank": [LowRankConfig(keep=0.5)],
+    "blocks_removed": [LayerDroppingConfig(part="attention"), LayerDroppingConfig(part="ffn", which="first")],
     "all_at_once": [
         StructuredPruningConfig(heads=0.4, neurons=0.3),
         LowRankConfig(keep=0.6),
@@ -143,6 +144,20 @@ def test_8_bit_is_small_and_near(engine: str, mode: str, tmp_path: Path) -> None
     found = Pipeline.from_pretrained(tmp_path / "out").logits(TEXTS)
     # Random weights of this size lose far more than trained ones.
     assert 1e-5 < np.linalg.norm(found - wanted) < 0.25 * np.linalg.norm(wanted)
+
+
+@ENGINES["onnx"]
+def test_what_leaves_a_layer_is_not_rounded(tmp_path: Path) -> None:
+    import onnx
+
+    source = save_model(tmp_path / "source", **THREE)
+    export(source, tmp_path / "out", ExportConfig(int8="static"), calibration=batches(2))
+    nodes = onnx.load(tmp_path / "out" / "model.onnx").graph.node
+    made = {node.op_type: [] for node in nodes}
+    for node in nodes:
+        made[node.op_type] += node.output
+    rounded = {node.input[0] for node in nodes if node.op_type == "QuantizeLinear"}
+    assert rounded and not rounded & {*made["MatMul"], *made.get("Gemm", ())}
 
 
 @ENGINES["onnx"]
