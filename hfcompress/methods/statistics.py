@@ -21,6 +21,9 @@ from hfcompress.methods.registry import Batch
 from hfcompress.modeling.anatomy import architecture_of, base_model, layer_lists
 from hfcompress.modeling.architectures import architectures
 
+# So many show which layers read one tensor.
+_FEW_ROWS = 4
+
 
 @dataclass(frozen=True, kw_only=True)
 class InputStatistics:
@@ -72,7 +75,7 @@ def real_rows(inputs: torch.Tensor, batch: Batch) -> torch.Tensor:
 
 
 def shared_inputs(model: PreTrainedModel, paths: Sequence[str], batch: Batch) -> list[list[str]]:
-    """Finds which layers read one and the same tensor, by running one batch.
+    """Finds which layers read one and the same tensor, by running a few rows of one batch.
 
     Returns:
         The groups in the order in which they first run.
@@ -100,11 +103,18 @@ def shared_inputs(model: PreTrainedModel, paths: Sequence[str], batch: Batch) ->
     with ExitStack() as stack, torch.no_grad(), evaluating(model):
         for path in paths:
             stack.callback(base.get_submodule(path).register_forward_pre_hook(watch(path)).remove)
-        model(**{name: value.to(model.device) for name, value in batch.items()})
+        model(**{name: value.to(model.device) for name, value in _few_rows(batch).items()})
     for path in paths:
         if path not in seen:
             raise CompressionError(f"{path} was never run on the calibration batches")
     return [group for _, group in groups]
+
+
+def _few_rows(batch: Batch) -> Batch:
+    """Returns the first rows of a batch, or all of it where its tensors do not have one number of rows."""
+    if any(value.dim() == 0 for value in batch.values()) or len({len(value) for value in batch.values()}) != 1:
+        return batch
+    return {name: value[:_FEW_ROWS] for name, value in batch.items()}
 
 
 class _Sums:
@@ -152,22 +162,57 @@ def input_statistics(
     Raises:
         CompressionError: No batches, a layer that is never run, or activations that are not finite (it is named).
     """
+    return layer_statistics(model, paths, batches)[0]
+
+
+def layer_statistics(
+    model: PreTrainedModel, paths: Sequence[str], batches: Sequence[Batch], *, by_outputs: Sequence[str] = ()
+) -> tuple[dict[str, InputStatistics], dict[str, torch.Tensor]]:
+    """Averages over every real position, as `input_statistics`, or of some layers over what they give.
+
+    Args:
+        model: The model.
+        paths: The layers, relative to the base model.
+        batches: Model inputs.
+        by_outputs: Those of them of which second moments of the outputs are enough; where another layer reads the same
+            input, inputs are read all the same.
+
+    Returns:
+        By path the statistics of inputs; and of the other layers, float32 `(out, out)`, the second moments of what they
+        give without their bias.
+
+    Raises:
+        CompressionError: As `input_statistics`.
+    """
     base = base_model(model)
     pending = each_batch(model, batches, "calibration")
     groups = shared_inputs(model, paths, batches[0]) if batches else []
-    sums = {group[0]: _Sums() for group in groups}
+    leaders = [group[0] for group in groups]
+    narrow = {group[0] for group in groups if len(group) == 1 and group[0] in by_outputs}
+    sums = {path: _Sums() for path in leaders}
     current: dict[str, torch.Tensor] = {}
 
     def watch(path: str) -> Callable[..., None]:
         return lambda module, arguments: sums[path].add(real_rows(arguments[0], current))
 
+    def watch_outputs(path: str) -> Callable[..., None]:
+        def hook(module: Any, arguments: Any, output: torch.Tensor) -> None:
+            sums[path].add(real_rows(output if module.bias is None else output - module.bias, current))
+
+        return hook
+
     with ExitStack() as stack, torch.no_grad(), evaluating(model):
-        for path in sums:
-            stack.callback(base.get_submodule(path).register_forward_pre_hook(watch(path)).remove)
+        for path in leaders:
+            module = base.get_submodule(path)
+            if path in narrow:
+                stack.callback(module.register_forward_hook(watch_outputs(path)).remove)
+            else:
+                stack.callback(module.register_forward_pre_hook(watch(path)).remove)
         for current in pending:
             model(**current)
     made = {leader: each.statistics(leader) for leader, each in sums.items()}
-    return {path: made[group[0]] for group in groups for path in group}
+    inputs = {path: made[group[0]] for group in groups for path in group if group[0] not in narrow}
+    return inputs, {path: made[path].second_moment for path in leaders if path in narrow}
 
 
 def input_fisher(model: PreTrainedModel, paths: Sequence[str], batches: Sequence[Batch]) -> Mapping[str, torch.Tensor]:

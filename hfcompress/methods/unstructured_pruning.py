@@ -161,7 +161,7 @@ def _modules(model: PreTrainedModel, config: UnstructuredPruningConfig) -> dict[
     modules: dict[str, Any] = {}
     for path in modules_of(model, config.targets):
         module = base.get_submodule(path)
-        factors = ("down", "up") if isinstance(module, LowRankLinear) else ()
+        factors = module.own_factors if isinstance(module, LowRankLinear) else ()
         modules |= {f"{path}.{factor}": getattr(module, factor) for factor in factors} or {path: module}
     for path, module in modules.items():
         if kind_of(module):

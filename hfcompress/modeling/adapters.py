@@ -20,7 +20,6 @@ from hfcompress.modeling.anatomy import ROLES, attention_blocks, base_model, fee
 from hfcompress.modeling.architectures import architectures
 from hfcompress.modeling.layers.low_rank import LowRankLinear
 
-_HALVES = ("down", "up")
 ADAPTERS_FILE = "adapter_model.safetensors"
 
 
@@ -49,9 +48,8 @@ def lora_targets(model: PreTrainedModel, names: str | Iterable[str] | None = Non
     """
     wanted = _defaults(model) if names is None else names
     modules = dict(model.named_modules())
-    factors = {
-        f"{name}.{half}" for name, each in modules.items() if isinstance(each, LowRankLinear) for half in _HALVES
-    }
+    halves = {name: each.own_factors for name, each in modules.items() if isinstance(each, LowRankLinear)}
+    factors = {f"{name}.{half}" for name, own in halves.items() for half in own}
     layers = [
         name
         for name, each in modules.items()
@@ -59,8 +57,7 @@ def lora_targets(model: PreTrainedModel, names: str | Iterable[str] | None = Non
     ]
     chosen: set[str] = set()
     for layer in _matching(model, [*layers, *sorted(factors)], wanted):
-        whole = not isinstance(modules[layer], LowRankLinear)
-        chosen |= {layer} if whole else {f"{layer}.{half}" for half in _HALVES}
+        chosen |= {f"{layer}.{half}" for half in halves[layer]} if layer in halves else {layer}
     return sorted({_shortest(name, chosen, modules) for name in chosen})
 
 

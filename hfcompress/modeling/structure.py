@@ -7,6 +7,7 @@ The record is small JSON, relative to the base model, and holds only what differ
      "neurons": {"encoder.layer.0.intermediate.dense": 704},
      "low_rank": {"encoder.layer.*.intermediate.dense": 96},
      "pivoted": {"encoder.layer.*.output.dense": 256},
+     "shared": {"encoder.layer.*.attention.self.key": "query"},
      "low_rank_embeddings": {"embeddings.word_embeddings": 128},
      "embeddings": {"embeddings.word_embeddings": {"bits": 8, "group_size": 384}},
      "linear": {"encoder.layer.*.attention.self.query": "int8",
@@ -56,6 +57,7 @@ from hfcompress.modeling.layers.packed_linear import PACKED_KINDS, PackedLinear
 from hfcompress.modeling.layers.quantized_embedding import QuantizedEmbedding
 from hfcompress.modeling.layers.tied import LowRankEmbedding
 from hfcompress.modeling.layers.torchao import TORCHAO_KINDS, TorchAOLinear
+from hfcompress.modeling.sharing import follow, leaders_of
 from hfcompress.modeling.ties import is_table, replace_table, scale_of
 
 Structure = dict[str, dict[str, Any]]
@@ -135,9 +137,10 @@ def describe(model: PreTrainedModel) -> Structure:
         structure["neurons"] = _compact(neurons, [block.name for block in blocks])
     low_rank = {name: module for name, module in base.named_modules() if isinstance(module, LowRankLinear)}
     wholes = [name for name in linear_layers(model) if name.rpartition(".")[0] not in low_rank]
-    for section, pivoted in (("low_rank", False), ("pivoted", True)):
-        ranks = {name: each.rank for name, each in low_rank.items() if isinstance(each, PivotedLinear) is pivoted}
+    for section, kind in (("low_rank", LowRankLinear), ("pivoted", PivotedLinear)):
+        ranks = {name: each.rank for name, each in low_rank.items() if type(each) is kind}
         structure[section] = _compact(ranks, [*wholes, *low_rank])
+    structure["shared"] = _compact(leaders_of(model), [*wholes, *low_rank])
     structure["low_rank_embeddings"] = {
         name: module.rank for name, module in base.named_modules() if isinstance(module, LowRankEmbedding)
     }
@@ -211,7 +214,8 @@ def _uniform_heads(model: PreTrainedModel, blocks: list[AttentionBlock]) -> dict
     """Returns the config fields that say how many heads all these attentions have, where they can."""
     spec, config = blocks[0].spec, base_model(model).config
     sizes = {(block.heads, block.query_heads, block.head_dim) for block in blocks}
-    if spec.head_dim_field is None or len(sizes) > 1 or blocks[0].heads == blocks[0].stock_heads:
+    sayable = spec.head_dim_field is not None and spec.shared_bias == "none"  # each layer may keep others of a bias
+    if not sayable or len(sizes) > 1 or blocks[0].heads == blocks[0].stock_heads:
         return {}
     heads, query_heads, head_dim = sizes.pop()
     if spec.heads_divide is not None and getattr(config, spec.heads_divide) % query_heads:
@@ -273,7 +277,8 @@ def _restore_neurons(model: PreTrainedModel, entries: Mapping[str, Any]) -> None
 def _restore_low_rank(model: PreTrainedModel, entries: Mapping[str, Any]) -> None:
     linears = linear_layers(model)
     for name, rank in _unfold("low_rank", entries, linears, _absent(model)).items():
-        most = min(input_width(linears[name]), output_width(linears[name]))
+        # The wider side is the stock one: the other may have been pruned below the rank since.
+        most = max(input_width(linears[name]), output_width(linears[name]))
         surgery.factorize(model, name, _bounded("low_rank", name, rank, most))
 
 
@@ -282,6 +287,17 @@ def _restore_pivoted(model: PreTrainedModel, entries: Mapping[str, Any]) -> None
     for name, rank in _unfold("pivoted", entries, linears, _absent(model)).items():
         most = min(input_width(linears[name]), output_width(linears[name]) - 1)
         surgery.factorize(model, name, _bounded("pivoted", name, rank, most), pivoted=True)
+
+
+def _restore_shared(model: PreTrainedModel, entries: Mapping[str, Any]) -> None:
+    linears = linear_layers(model)
+    for name, leader in _unfold("shared", entries, linears, _absent(model)).items():
+        if not isinstance(leader, str) or "." in leader:
+            raise CheckpointError(f"config.json: structure.shared: '{name}' must name one beside it, not {leader!r}")
+        try:
+            follow(model, name, leader)
+        except CompressionError as error:
+            raise CheckpointError(f"config.json: structure.shared: {error.message}") from None
 
 
 def _tables(model: PreTrainedModel) -> dict[str, Any]:
@@ -369,6 +385,7 @@ _SECTIONS: dict[str, Callable[[PreTrainedModel, Mapping[str, Any]], None]] = {
     "neurons": _restore_neurons,
     "low_rank": _restore_low_rank,
     "pivoted": _restore_pivoted,
+    "shared": _restore_shared,
     "low_rank_embeddings": _restore_low_rank_embeddings,
     "embeddings": _restore_embeddings,
     "linear": _restore_linear,

@@ -27,7 +27,7 @@ from hfcompress.modeling.anatomy import (
 )
 from hfcompress.modeling.architectures import Projection, Stack
 from hfcompress.modeling.layers.kept_heads import keep_heads
-from hfcompress.modeling.layers.low_rank import LowRankLinear, PivotedLinear
+from hfcompress.modeling.layers.low_rank import LowRankLinear, PivotedLinear, part_from_others
 from hfcompress.modeling.layers.removed import Constant, Nothing, attend_to_nothing
 
 
@@ -297,6 +297,9 @@ def defactorize(model: PreTrainedModel, path: str) -> None:
         raise CompressionError(f"{path} is a {type(old).__name__}, not a low-rank layer: there is nothing to merge")
     _require_float(old.up)
     _require_float(old.down)
+    parent = path.rpartition(".")[0]
+    for name, alone in part_from_others(base.get_submodule(parent), old).items():
+        base.set_submodule(f"{parent}.{name}".removeprefix("."), alone)
     up, down, bias = old.up.weight, old.down.weight, old.bias
     product = old.compose(up.detach().double(), down.detach().double()).to(up.dtype)
     with torch.device("meta"):

@@ -167,13 +167,14 @@ class Statistics:
         """Returns what an arm is fitted to."""
         if config.method == "fisher":
             return self._learned("fisher", LowRankConfig(targets=config.targets, method="fisher"))
-        inputs = curvature = {}
+        inputs = outputs = curvature = {}
         if config.method == "whitened":
-            inputs = self._learned("inputs", LowRankConfig(targets=config.targets, method="whitened")).inputs
+            learned = self._learned("inputs", LowRankConfig(targets=config.targets, method="whitened"))
+            inputs, outputs = learned.inputs, learned.outputs
         if config.weigh_outputs:
             wanted = LowRankConfig(targets=config.targets, method="whitened", weigh_outputs=True, sequential=True)
             curvature = self._learned("curvature", wanted).curvature
-        return Knowledge(method=config.method, inputs=inputs, curvature=curvature)
+        return Knowledge(method=config.method, inputs=inputs, outputs=outputs, curvature=curvature)
 
     def _learned(self, name: str, config: LowRankConfig) -> Knowledge:
         if name not in self._known:

@@ -11,11 +11,12 @@ from transformers import AutoModelForSequenceClassification
 from hfcompress import LowRankConfig, QuantizationConfig, compress
 from hfcompress.errors import CompressionError, ConfigError
 from hfcompress.methods.low_rank import low_rank
+from hfcompress.methods.low_rank.fitting import Fitted, Group, fit, matrix_of
 from hfcompress.methods.low_rank.maths import truncate
-from hfcompress.methods.low_rank.method import Fitted, fit
+from hfcompress.methods.low_rank.method import learn
 from hfcompress.methods.low_rank.sensitivity import Probe, divergence, measure
 from hfcompress.methods.registry import Context
-from hfcompress.methods.statistics import InputStatistics
+from hfcompress.methods.statistics import InputStatistics, input_statistics
 from hfcompress.modeling import surgery
 from hfcompress.modeling.anatomy import base_model, modules_of
 from hfcompress.modeling.checkpoint import commit
@@ -64,6 +65,23 @@ def test_calibrated_factors_are_closer_on_the_data_than_plain_ones() -> None:
     data = batches(4)
     errors = {method: error(LowRankConfig(method=method), data) for method in ("svd", "whitened", "fisher", "nmf")}
     assert errors["whitened"] < min(errors["svd"], errors["fisher"], errors["nmf"])
+
+
+@pytest.mark.parametrize(("family", "neurons"), [("bert", "intermediate_size"), ("gpt2", "n_inner")])
+def test_a_narrow_layer_is_known_by_its_outputs_where_they_are_enough(family: str, neurons: str) -> None:
+    head, config = FAMILIES[family].heads[1], LowRankConfig(method="whitened")
+    model, data = make(family, head, **{neurons: 80}), [inputs_for(family, head)]
+    paths = modules_of(model, ("attention", "ffn"))
+    known = learn(model, paths, config, "whitened", data)
+    assert set(known.outputs) | set(known.inputs) == set(paths) and not set(known.outputs) & set(known.inputs)
+    for path, gram in known.outputs.items():
+        group = Group((path,), (len(gram),), matrix_of(model, path).shape[1])
+        moment = input_statistics(model, [path], data)[path].second_moment
+        product = matrix_of(model, path) @ moment @ matrix_of(model, path).T
+        torch.testing.assert_close(known.gram_of(group), product, atol=1e-4, rtol=1e-3)
+        assert known.weighting(group) is None
+    assert set(known.outputs) == set(modules_of(model, ("ffn_output",)))
+    assert not learn(model, paths, config.model_copy(update={"refit": True}), "whitened", data).outputs
 
 
 def test_a_bias_and_a_target_beat_the_factors_alone_on_changed_inputs() -> None:

@@ -43,6 +43,18 @@ def test_whitened_error_is_the_discarded_tail_of_the_whitened_matrix(rows: int, 
     assert energies(weight, moment)[7:].sum().item() == pytest.approx(tail, rel=1e-4)
 
 
+@pytest.mark.parametrize("curved", [False, True])
+def test_moments_of_the_outputs_say_as_much_as_those_of_the_inputs(curved: bool) -> None:
+    inputs, weight, slopes = sample(1, 90, 30) @ sample(2, 30, 30), sample(3, 20, 30), sample(4, 60, 20)
+    moment, curvature = inputs.T @ inputs / 90, slopes.T @ slopes / 60 if curved else None
+    outputs = inputs @ weight.T
+    gram = outputs.T @ outputs / 90
+    wanted, found = truncate(weight, 7, moment, curvature), truncate(weight, 7, None, curvature, gram)
+    torch.testing.assert_close(found[0] @ found[1], wanted[0] @ wanted[1], atol=1e-3, rtol=1e-3)
+    wanted, found = energies(weight, moment, curvature), energies(weight, None, curvature, gram)
+    torch.testing.assert_close(found, wanted, atol=1e-5 * wanted[0].item(), rtol=1e-4)
+
+
 def test_no_method_and_no_neighbour_beats_the_whitened_product_on_its_inputs() -> None:
     inputs, weight = sample(4, 100, 16) * torch.logspace(0, 3, 16), sample(5, 12, 16)
     moment = inputs.T @ inputs / 100

@@ -35,6 +35,9 @@ class LowRankConfig(Config):
         pivoted: Factors say `rank` of the outputs by the inputs, and the other outputs by those, which takes
             `rank * rank` numbers less for the same product (PIFA: Zhao et al. 2025). A budget or share then leaves
             ranks that are much higher.
+        share: Layers that read one input (queries, keys and values; the inputs of gated neurons) share the factor that
+            reads it, so that there is one product less for each but the first. They are factorised as one matrix: a
+            rank, share or budget counts them as one layer.
         sequential: Each layer is fitted to give the original's outputs from the inputs that the factorised layers
             before it produce. With `whitened` only; takes longer, and the memory of a second model.
         refit: The second factor is fitted again to the layer's outputs on the calibration data. The result of
@@ -62,6 +65,7 @@ class LowRankConfig(Config):
     method: Literal["auto", "whitened", "svd", "fisher", "nmf"] = "auto"
     weigh_outputs: bool = False
     pivoted: bool = False
+    share: bool = False
     sequential: bool = False
     refit: bool = False
     correct_bias: bool = False
@@ -88,6 +92,8 @@ class LowRankConfig(Config):
         for name in ("sequential", "weigh_outputs"):
             if getattr(self, name) and self.method not in ("auto", "whitened"):
                 raise ValueError(f"{name} goes with the method whitened, not {self.method}")
+        if self.share and self.pivoted:
+            raise ValueError("share goes without pivoted: pivoted factors are each layer's own")
         if self.budget_of != "parameters" and self.budget is None:
             raise ValueError(f"budget_of {self.budget_of} needs a budget")
         if self.sensitivity == "curvature" and not self.weigh_outputs:

@@ -17,7 +17,7 @@ from hfcompress.methods.calibration import evaluating
 from hfcompress.methods.low_rank.ranks import LEAST, Cost, is_smaller, rank_for, size_of
 from hfcompress.methods.registry import Batch
 from hfcompress.modeling.anatomy import base_model
-from hfcompress.modeling.layers.low_rank import LowRankLinear, PivotedLinear
+from hfcompress.modeling.layers.low_rank import LowRankLinear, PivotedLinear, SharedLinear
 
 Measure = Literal["parameters", "bytes", "flops", "latency"]
 
@@ -27,7 +27,7 @@ _REPEATS = 9
 
 def costs_of(
     model: PreTrainedModel,
-    layers: Mapping[str, tuple[int, int]],
+    layers: Mapping[str, tuple[int | tuple[int, ...], int]],
     measure: Measure,
     batch: Batch,
     *,
@@ -37,7 +37,8 @@ def costs_of(
 
     Args:
         model: The model, its layers still whole.
-        layers: Widths (outputs, inputs) of the layers, by path.
+        layers: Widths (outputs, inputs) of the layers, by path. Where several share a factor, the outputs of each, by
+            the path of the first.
         measure: What is counted. FLOPs and time are those of a forward pass of `batch`: a layer that sees more
             positions costs more. Time is measured layer by layer, each rank beside the whole layer.
         batch: Model inputs.
@@ -46,17 +47,19 @@ def costs_of(
     Raises:
         CompressionError: A layer takes no part in a forward pass of the batch.
     """
+    widths = {path: (outs if isinstance(outs, tuple) else (outs,), inputs) for path, (outs, inputs) in layers.items()}
+    totals = {path: (sum(outputs), inputs) for path, (outputs, inputs) in widths.items()}
     if measure in ("parameters", "bytes"):
         places = torch.int64.itemsize if pivoted and measure == "bytes" else 0
         weights = {path: base_model(model).get_parameter(f"{path}.weight") for path in layers}
         units = {path: each.element_size() if measure == "bytes" else 1 for path, each in weights.items()}
-        return {path: _counted(shape, units[path], places * shape[0], pivoted) for path, shape in layers.items()}
+        return {path: _counted(shape, units[path], places * shape[0], pivoted) for path, shape in totals.items()}
     positions = _positions(model, list(layers), batch)
     if measure == "flops":
-        return {path: _counted(shape, positions[path], 0, pivoted) for path, shape in layers.items()}
+        return {path: _counted(shape, positions[path], 0, pivoted) for path, shape in totals.items()}
     timed: dict[Any, Cost] = {}
     costs: dict[str, Cost] = {}
-    for path, shape in layers.items():
+    for path, shape in widths.items():
         module: Any = base_model(model).get_submodule(path)
         kind = (*shape, positions[path], module.bias is not None, module.weight.dtype, module.weight.device)
         if kind not in timed:
@@ -91,29 +94,41 @@ def _positions(model: PreTrainedModel, paths: Sequence[str], batch: Batch) -> di
 
 
 def _timed(
-    outputs: int, inputs: int, positions: int, bias: bool, dtype: torch.dtype, device: torch.device, *, pivoted: bool
+    outputs: tuple[int, ...],
+    inputs: int,
+    positions: int,
+    bias: bool,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    pivoted: bool,
 ) -> Cost:
-    """Times a layer of this shape whole and at a few ranks, by turns."""
-    lowest, highest = (rank_for(outputs, inputs, keep, 1, pivoted) for keep in (LEAST, 0.99))
+    """Times a layer of this shape, or several of one input, whole and at a few ranks, by turns."""
+    total = sum(outputs)
+    lowest, highest = (rank_for(total, inputs, keep, 1, pivoted) for keep in (LEAST, 0.99))
     ranks = sorted({round(rank) for rank in np.linspace(lowest, highest, _POINTS)})
-    ranks = [rank for rank in ranks if is_smaller(outputs, inputs, rank, pivoted)]
+    ranks = [rank for rank in ranks if is_smaller(total, inputs, rank, pivoted)]
     form: dict[str, Any] = {"bias": bias, "device": device, "dtype": dtype}
-    kind = PivotedLinear if pivoted else LowRankLinear
-    layers = [nn.Linear(inputs, outputs, **form), *(kind(inputs, outputs, rank, **form) for rank in ranks)]
+    choices: list[Sequence[nn.Module]] = [[nn.Linear(inputs, each, **form) for each in outputs]]
+    for rank in ranks:
+        leader = (PivotedLinear if pivoted else LowRankLinear)(inputs, outputs[0], rank, **form)
+        followers = [SharedLinear(leader, nn.Linear(rank, each, **form)) for each in outputs[1:]]
+        choices.append([leader, *followers])
     rows = torch.randn(positions, inputs, device=device, dtype=dtype)
     with torch.inference_mode():
-        for layer in layers:
-            layer(rows)
-        times = np.array([[_seconds(layer, rows) for layer in layers] for _ in range(_REPEATS)])
+        for choice in choices:
+            _seconds(choice, rows)
+        times = np.array([[_seconds(choice, rows) for choice in choices] for _ in range(_REPEATS)])
     whole = float(np.median(times[:, 0]))
     # Each rank against the whole layer of the same turn: what else the machine does then counts for both.
     shares = np.median(times[:, 1:] / times[:, :1], axis=0) if ranks else np.zeros(0)
     return lambda rank: whole if rank is None else whole * float(np.interp(rank, ranks, shares))
 
 
-def _seconds(layer: nn.Module, rows: torch.Tensor) -> float:
+def _seconds(layers: Sequence[nn.Module], rows: torch.Tensor) -> float:
     started = time.perf_counter()
-    layer(rows)
+    for layer in layers:
+        layer(rows)
     if rows.device.type == "cuda":
         torch.cuda.synchronize(rows.device)
     return time.perf_counter() - started

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 
 import torch
 
 from hfcompress.errors import CompressionError
 
 Factors = tuple[torch.Tensor, torch.Tensor]
+# Of layers whose matrices stand one below the other: one for each, for what they give is weighed apart.
+Curvature = torch.Tensor | Sequence[torch.Tensor]
 
 # How far `retarget` trusts the calibration inputs: the part of their mean energy that is added to every direction.
 _RETARGET_RIDGE = 0.01
@@ -23,7 +26,8 @@ def truncate(
     weight: torch.Tensor,
     rank: int,
     second_moment: torch.Tensor | None = None,
-    curvature: torch.Tensor | None = None,
+    curvature: Curvature | None = None,
+    gram: torch.Tensor | None = None,
 ) -> Factors:
     """Finds the best product of two thin matrices, by singular value decomposition.
 
@@ -38,7 +42,8 @@ def truncate(
         weight: `(out, in)`, finite.
         rank: At least 1; clipped to `min(out, in)`.
         second_moment: S, `(in, in)`, symmetric positive semi-definite; None for the identity.
-        curvature: C, `(out, out)`, symmetric positive semi-definite; None for the identity.
+        curvature: C, `(out, out)`, symmetric positive semi-definite, or its blocks; None for the identity.
+        gram: `W S Wᵀ`, `(out, out)`, where that is known and S is not: the second moments of the outputs.
 
     Returns:
         `up` `(out, rank)` and `down` `(rank, in)`, float32. Each component has the same norm in both, so that
@@ -47,30 +52,42 @@ def truncate(
     Raises:
         CompressionError: The weight or the moments are not finite.
     """
-    require_finite(weight, second_moment, curvature)
+    require_finite(weight, second_moment if gram is None else gram, curvature)
     # W R = U s Vᵀ for any R with R Rᵀ = S, so the best product is U_r U_rᵀ W: no inverse is ever needed.
-    left = None if curvature is None else _left_root(curvature)
-    seen = weight.double() if left is None else left @ weight.double()
-    up = _left_vectors(seen, second_moment, rank)
+    roots = [] if curvature is None else _left_roots(curvature)
+    seen = _weighed(weight, roots)
+    if gram is None:
+        up = _left_vectors(seen, second_moment, rank)
+    else:
+        up = torch.linalg.eigh(_weighed_gram(gram, roots))[1].flip(1)[:, :rank]
     down = up.T @ seen
-    return balance(up if left is None else torch.linalg.solve_triangular(left, up, upper=True), down)
+    if roots:
+        parts = zip(roots, up.split([len(root) for root in roots]), strict=True)
+        up = torch.cat([torch.linalg.solve_triangular(root, part, upper=True) for root, part in parts])
+    return balance(up, down)
 
 
 def energies(
-    weight: torch.Tensor, second_moment: torch.Tensor | None = None, curvature: torch.Tensor | None = None
+    weight: torch.Tensor,
+    second_moment: torch.Tensor | None = None,
+    curvature: Curvature | None = None,
+    gram: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Returns the squared singular values of the whitened matrix, float64 and descending.
 
-    The sum of those beyond a rank is the error of `truncate` at that rank. They are exact to some 1e-13 of the
-    largest.
+    The sum of those beyond a rank is the error of `truncate` at that rank, which takes the same arguments. They are
+    exact to some 1e-13 of the largest.
 
     Raises:
         CompressionError: The weight or the moments are not finite.
     """
-    require_finite(weight, second_moment, curvature)
-    if curvature is not None and not curvature.any():
+    require_finite(weight, second_moment if gram is None else gram, curvature)
+    if curvature is not None and not any(block.any() for block in _blocks(curvature)):
         return torch.zeros(min(weight.shape), dtype=torch.float64, device=weight.device)
-    seen = weight.double() if curvature is None else _left_root(curvature) @ weight.double()
+    roots = [] if curvature is None else _left_roots(curvature)
+    if gram is not None:
+        return torch.linalg.eigvalsh(_weighed_gram(gram, roots)).flip(0).clamp_min(0)
+    seen = _weighed(weight, roots)
     if seen.shape[0] <= seen.shape[1]:
         gram = _wide_gram(seen, second_moment)
     else:
@@ -115,14 +132,32 @@ def _root(moment: torch.Tensor) -> torch.Tensor:
     return directions * squares.clamp_min(0).sqrt()
 
 
-def _left_root(curvature: torch.Tensor) -> torch.Tensor:
-    """Returns an invertible upper triangular L with `Lᵀ L` equal to the curvature and a part of its mean."""
-    matrix = curvature.double()
-    level = _CURVATURE_RIDGE * matrix.diagonal().mean()
-    identity = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
+def _blocks(curvature: Curvature) -> Sequence[torch.Tensor]:
+    return [curvature] if isinstance(curvature, torch.Tensor) else curvature
+
+
+def _left_roots(curvature: Curvature) -> list[torch.Tensor]:
+    """Returns, block by block, an invertible upper triangular L: `Lᵀ L` is the block and a part of the mean of all."""
+    blocks = [block.double() for block in _blocks(curvature)]
+    level = _CURVATURE_RIDGE * torch.cat([block.diagonal() for block in blocks]).mean()
+    identities = [torch.eye(len(block), dtype=block.dtype, device=block.device) for block in blocks]
     if level <= torch.finfo(torch.float64).tiny:
-        return identity
-    return torch.linalg.cholesky(matrix + level * identity, upper=True)
+        return identities
+    pairs = zip(blocks, identities, strict=True)
+    return [torch.linalg.cholesky(block + level * identity, upper=True) for block, identity in pairs]
+
+
+def _weighed(weight: torch.Tensor, roots: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Returns the rows of a matrix, float64, multiplied by the roots of their blocks, where there are any."""
+    if not roots:
+        return weight.double()
+    parts = zip(roots, weight.double().split([len(root) for root in roots]), strict=True)
+    return torch.cat([root @ part for root, part in parts])
+
+
+def _weighed_gram(gram: torch.Tensor, roots: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Returns what a Gram matrix `(out, out)` becomes, in float64, when the rows of its matrix are weighed."""
+    return _weighed(_weighed(gram, roots).T, roots)
 
 
 def balance(up: torch.Tensor, down: torch.Tensor) -> Factors:
@@ -134,14 +169,16 @@ def balance(up: torch.Tensor, down: torch.Tensor) -> Factors:
 
 
 def require_finite(
-    weight: torch.Tensor, second_moment: torch.Tensor | None = None, curvature: torch.Tensor | None = None
+    weight: torch.Tensor, second_moment: torch.Tensor | None = None, curvature: Curvature | None = None
 ) -> None:
     """Refuses numbers that no decomposition can take.
 
     Raises:
         CompressionError: Says which matrix holds them.
     """
-    for name, matrix in (("weight", weight), ("second moment", second_moment), ("curvature", curvature)):
+    blocks = [] if curvature is None else _blocks(curvature)
+    named = [("weight", weight), ("second moment", second_moment), *(("curvature", block) for block in blocks)]
+    for name, matrix in named:
         if matrix is not None and not torch.isfinite(matrix).all():
             raise CompressionError(f"the {name} holds values that are not finite")
 

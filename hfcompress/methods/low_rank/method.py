@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from hfcompress.errors import CompressionError
 from hfcompress.methods.low_rank import maths
@@ -18,105 +17,22 @@ from hfcompress.methods.low_rank.config import LowRankConfig
 from hfcompress.methods.low_rank.costs import costs_of
 from hfcompress.methods.low_rank.curvature import output_curvature
 from hfcompress.methods.low_rank.embeddings import factorize_table, score_moment, token_table
+from hfcompress.methods.low_rank.fitting import Fitted, Group, Knowledge, fit, fit_group, matrix_of, named
 from hfcompress.methods.low_rank.ranks import Curve, allocate, is_smaller, rank_for, rank_of_energy
 from hfcompress.methods.low_rank.sensitivity import Probe, measure
 from hfcompress.methods.registry import Batch, Context
-from hfcompress.methods.statistics import (
-    InputStatistics,
-    Replay,
-    input_fisher,
-    input_statistics,
-    paired_statistics,
-    shared_inputs,
-)
+from hfcompress.methods.statistics import Replay, input_fisher, layer_statistics, paired_statistics, shared_inputs
 from hfcompress.modeling import surgery
 from hfcompress.modeling.anatomy import base_model, input_width, modules_of, output_width
 from hfcompress.modeling.checkpoint import commit
 from hfcompress.modeling.layers.bitsandbytes import kind_of
 from hfcompress.modeling.layers.low_rank import LowRankLinear
+from hfcompress.modeling.sharing import readers_of_one_input, share
+
+__all__ = ["Fitted", "Knowledge", "fit", "float_layers", "learn", "low_rank"]
 
 # Shares of a layer's parameters at which its part in the loss is measured.
 _MEASURED_AT = (0.6, 0.4, 0.2)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Knowledge:
-    """What the factors of a layer are fitted to.
-
-    Attributes:
-        method: One of `svd`, `whitened`, `fisher`, `nmf`.
-        inputs: Statistics by layer, where something is fitted to outputs.
-        fisher: Fisher information by layer and input.
-        curvature: That of the loss by layer's outputs, `(out, out)`, where their errors are weighed.
-    """
-
-    method: str
-    inputs: Mapping[str, InputStatistics] = field(default_factory=dict)
-    fisher: Mapping[str, torch.Tensor] = field(default_factory=dict)
-    curvature: Mapping[str, torch.Tensor] = field(default_factory=dict)
-
-    def weighting(self, path: str) -> torch.Tensor | None:
-        """Returns the matrix by which the method weighs the error of a layer; None for the identity."""
-        if self.method == "whitened":
-            return self.inputs[path].second_moment
-        return torch.diag(self.fisher[path]) if self.method == "fisher" else None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Fitted:
-    """A layer's factors.
-
-    Attributes:
-        factors: `up` and `down`.
-        shift: What its bias must rise by, `(out,)`, or None.
-    """
-
-    factors: maths.Factors
-    shift: torch.Tensor | None = None
-
-
-def fit(
-    weight: torch.Tensor,
-    rank: int,
-    method: str,
-    *,
-    weighting: torch.Tensor | None = None,
-    curvature: torch.Tensor | None = None,
-    inputs: InputStatistics | None = None,
-    refit: bool = False,
-    shift: bool = False,
-) -> Fitted:
-    """Factorises one matrix.
-
-    Args:
-        weight: `(out, in)`, finite.
-        rank: At least 1.
-        method: `nmf`, or any other for singular values.
-        weighting: `(in, in)`, by which the error is weighed; None for the identity.
-        curvature: `(out, out)`, by which the error of the outputs is weighed; None for the identity.
-        inputs: Statistics of what enters the layer.
-        refit: Fit `up` again to the outputs.
-        shift: Find out what a bias should take over.
-
-    Raises:
-        CompressionError: Weight or statistics are not finite.
-    """
-    maths.require_finite(weight, weighting)
-    known = inputs.centred() if inputs is not None and shift else inputs
-    aim = weight
-    if method == "whitened" and known is not None:
-        weighting = known.second_moment
-        if known.cross_moment is not None:
-            aim = maths.retarget(weight, known.second_moment, known.cross_moment)
-    factors = maths.nonnegative(weight, rank) if method == "nmf" else maths.truncate(aim, rank, weighting, curvature)
-    if refit and known is not None:
-        factors = maths.refit(aim, *factors, known.second_moment)
-    if not shift or inputs is None:
-        return Fitted(factors=factors)
-    mean = inputs.mean.double()
-    original = mean if inputs.reference_mean is None else inputs.reference_mean.double()
-    up, down = (factor.double() for factor in factors)
-    return Fitted(factors=factors, shift=(weight.double() @ original - up @ (down @ mean)).float())
 
 
 def low_rank(
@@ -146,18 +62,19 @@ def low_rank(
         method = "whitened" if context.calibration or config.sequential else "svd"
     if knowledge is None:
         knowledge = learn(model, list(layers), config, method, context.calibration)
-    ranks, measured = choose_ranks(model, layers, config, knowledge, context.calibration)
-    plan = {path: rank for path, rank in ranks.items() if rank is not None}
+    groups = groups_of(model, layers, config)
+    ranks, measured = choose_ranks(model, groups, config, knowledge, context.calibration)
+    plan = {group: rank for group in groups if (rank := ranks[group.name]) is not None}
     if config.sequential:
         _one_after_another(model, plan, config, knowledge, context.calibration)
     else:
-        for path, rank in plan.items():
-            factorize_layer(model, path, rank, config, knowledge)
-    findings: dict[str, Any] = {"method": method, "ranks": plan}
+        for group, rank in plan.items():
+            factorize_group(model, group, rank, config, knowledge)
+    findings: dict[str, Any] = {"method": method, "ranks": by_layer(plan)}
     if config.embeddings is not None:
         findings["embeddings"] = factorize_table(model, config.embeddings, config.multiple_of, moment)
     commit(model)
-    findings["left_whole"] = [*done, *(path for path, rank in ranks.items() if rank is None)]
+    findings["left_whole"] = [*done, *(path for group in groups if group not in plan for path in group.paths)]
     return findings | ({"sensitivity": measured} if measured else {})
 
 
@@ -181,11 +98,15 @@ def float_layers(model: PreTrainedModel, config: LowRankConfig) -> tuple[dict[st
     return layers, done
 
 
-def _matrix(model: PreTrainedModel, path: str) -> torch.Tensor:
-    """Returns a layer's weight as `(out, in)`."""
-    module: Any = base_model(model).get_submodule(path)
-    weight = module.weight.detach()
-    return weight.T if isinstance(module, Conv1D) else weight
+def groups_of(model: PreTrainedModel, layers: Mapping[str, tuple[int, int]], config: LowRankConfig) -> list[Group]:
+    """Returns the layers that are factorised as one: those of one input where they share, else each alone."""
+    together = readers_of_one_input(model, layers) if config.share else [(path,) for path in layers]
+    return [Group(paths, tuple(layers[path][0] for path in paths), layers[paths[0]][1]) for paths in together]
+
+
+def by_layer(plan: Mapping[Group, int]) -> dict[str, int]:
+    """Returns the rank of every layer."""
+    return {path: rank for group, rank in plan.items() for path in group.paths}
 
 
 def learn(
@@ -198,38 +119,49 @@ def learn(
             needs data and there is none.
     """
     for path in paths:
-        with _named(path):
-            maths.require_finite(_matrix(model, path))
+        with named(path):
+            maths.require_finite(matrix_of(model, path))
     # A sequential update learns layer by layer, and needs this only to share out ranks.
     at_once = not config.sequential or config.energy is not None or config.budget is not None
     reads_inputs = at_once and (method == "whitened" or config.refit or config.correct_bias)
+    inputs, outputs = {}, {}
+    if reads_inputs and paths:
+        narrow = () if config.refit or config.correct_bias else [path for path in paths if _is_narrow(model, path)]
+        inputs, outputs = layer_statistics(model, paths, batches, by_outputs=narrow)
     return Knowledge(
         method=method,
-        inputs=input_statistics(model, paths, batches) if reads_inputs and paths else {},
+        inputs=inputs,
+        outputs=outputs,
         fisher=input_fisher(model, paths, batches) if method == "fisher" and paths else {},
         curvature=output_curvature(model, paths, batches) if config.weigh_outputs and paths else {},
     )
 
 
+def _is_narrow(model: PreTrainedModel, path: str) -> bool:
+    """Tells whether a layer gives fewer numbers than it takes, in a precision that tells of small ones too."""
+    outputs, inputs = matrix_of(model, path).shape
+    return outputs < inputs and base_model(model).get_submodule(path).weight.dtype == torch.float32
+
+
 def choose_ranks(
     model: PreTrainedModel,
-    layers: Mapping[str, tuple[int, int]],
+    groups: Sequence[Group],
     config: LowRankConfig,
     knowledge: Knowledge,
     batches: Sequence[Batch],
 ) -> tuple[dict[str, int | None], dict[str, dict[int, float]]]:
-    """Returns each layer's rank, None where it stays whole, and what was measured for it."""
+    """Returns, by its first layer, each group's rank, None where it stays whole, and what was measured for it."""
     if config.budget is not None:
-        return _budgeted(model, layers, config, knowledge, batches)
+        return _budgeted(model, groups, config, knowledge, batches)
     ranks: dict[str, int | None] = {}
-    for path, (outputs, inputs) in layers.items():
+    for group in groups:
         if config.energy is not None:
-            with _named(path):
-                energies = _energies(model, path, knowledge)
+            with named(group.name):
+                energies = _energies(model, group, knowledge)
             rank = rank_of_energy(energies, config.energy, config.multiple_of)
         else:
-            rank = fixed_rank(outputs, inputs, config)
-        ranks[path] = rank if is_smaller(outputs, inputs, rank, config.pivoted) else None
+            rank = fixed_rank(*group.shape, config)
+        ranks[group.name] = rank if is_smaller(*group.shape, rank, config.pivoted) else None
     return ranks, {}
 
 
@@ -241,13 +173,14 @@ def fixed_rank(outputs: int, inputs: int, config: LowRankConfig) -> int:
     return rank_for(outputs, inputs, config.keep, config.multiple_of, config.pivoted)
 
 
-def _energies(model: PreTrainedModel, path: str, knowledge: Knowledge) -> torch.Tensor:
-    return maths.energies(_matrix(model, path), knowledge.weighting(path), knowledge.curvature.get(path))
+def _energies(model: PreTrainedModel, group: Group, knowledge: Knowledge) -> torch.Tensor:
+    known = knowledge.weighting(group), knowledge.curvature_of(group), knowledge.gram_of(group)
+    return maths.energies(group.matrix(model), *known)
 
 
 def _budgeted(
     model: PreTrainedModel,
-    layers: Mapping[str, tuple[int, int]],
+    groups: Sequence[Group],
     config: LowRankConfig,
     knowledge: Knowledge,
     batches: Sequence[Batch],
@@ -260,89 +193,74 @@ def _budgeted(
         )
     if config.sensitivity == "loss" and "labels" not in batches[0]:
         raise CompressionError("sensitivity 'loss' needs calibration batches with labels", hint="Choose 'outputs'.")
-    measured = {} if config.sensitivity == "curvature" else _measured(model, layers, config, knowledge, batches)
+    measured = {} if config.sensitivity == "curvature" else _measured(model, groups, config, knowledge, batches)
     curves = {
-        path: Curve(*layers[path], _energies(model, path, knowledge), measured.get(path, {}), config.pivoted)
-        for path in layers
+        group.name: Curve(
+            *group.shape, _energies(model, group, knowledge), measured.get(group.name, {}), config.pivoted
+        )
+        for group in groups
     }
     costs = None
     if config.budget_of != "parameters":
+        layers = {group.name: (group.outputs, group.inputs) for group in groups}
         costs = costs_of(model, layers, config.budget_of, batches[0], pivoted=config.pivoted)
     return allocate(curves, config.budget, config.multiple_of, costs), measured
 
 
 def _measured(
     model: PreTrainedModel,
-    layers: Mapping[str, tuple[int, int]],
+    groups: Sequence[Group],
     config: LowRankConfig,
     knowledge: Knowledge,
     batches: Sequence[Batch],
 ) -> dict[str, dict[int, float]]:
-    """Returns, by layer and rank, how much worse the model is with that layer alone factorised."""
+    """Returns, by group and rank, how much worse the model is with that group alone factorised."""
     assert config.sensitivity != "curvature"
     probe = Probe(model, batches[: config.sensitivity_batches], config.sensitivity)
 
-    def products(path: str) -> Callable[[], dict[int, torch.Tensor]]:
+    def products(group: Group) -> Callable[[], dict[int, torch.Tensor]]:
         def make() -> dict[int, torch.Tensor]:
-            ranks = {rank_for(*layers[path], keep, config.multiple_of, config.pivoted) for keep in _MEASURED_AT}
+            ranks = {rank_for(*group.shape, keep, config.multiple_of, config.pivoted) for keep in _MEASURED_AT}
             made: dict[int, torch.Tensor] = {}
+            factors = None
             for rank in sorted(ranks, reverse=True):
-                up, down = _fitted(model, path, rank, config, knowledge).factors
-                made[rank] = up @ down
+                # The best product of a lower rank begins like that of a higher one, unless it is fitted on.
+                if factors is None or config.refit or knowledge.method == "nmf":
+                    factors = fit_group(model, group, rank, config, knowledge).factors
+                up, down = factors
+                made[rank] = up[:, :rank] @ down[:rank]
             return made
 
         return make
 
-    return measure(model, {path: products(path) for path in layers}, probe)
+    members = {group.name: group.paths for group in groups}
+    return measure(model, {group.name: products(group) for group in groups}, probe, members)
 
 
-def _fitted(model: PreTrainedModel, path: str, rank: int, config: LowRankConfig, knowledge: Knowledge) -> Fitted:
-    has_bias = getattr(base_model(model).get_submodule(path), "bias", None) is not None
-    with _named(path):
-        return fit(
-            _matrix(model, path),
-            rank,
-            knowledge.method,
-            weighting=knowledge.weighting(path),
-            curvature=knowledge.curvature.get(path),
-            inputs=knowledge.inputs.get(path),
-            refit=config.refit,
-            shift=config.correct_bias and has_bias,
-        )
-
-
-class _named:
-    """Puts a layer's name before what an error says."""
-
-    def __init__(self, path: str) -> None:
-        self.path = path
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, CompressionError):
-            raise CompressionError(f"{self.path}: {error.message}", hint=error.hint) from None
-
-
-def factorize_layer(model: PreTrainedModel, path: str, rank: int, config: LowRankConfig, knowledge: Knowledge) -> None:
-    """Puts factors in the place of one layer; the caller ends with `commit(model)`.
+def factorize_group(
+    model: PreTrainedModel, group: Group, rank: int, config: LowRankConfig, knowledge: Knowledge
+) -> None:
+    """Puts factors in the place of a group of layers; the caller ends with `commit(model)`.
 
     Raises:
-        CompressionError: The layer, which is named, is not finite or cannot be factorised.
+        CompressionError: A layer, which is named, is not finite or cannot be factorised.
     """
-    fitted = _fitted(model, path, rank, config, knowledge)
-    up, _ = fitted.factors
-    surgery.factorize(model, path, up.shape[1], fitted.factors, pivoted=config.pivoted)
-    made: Any = base_model(model).get_submodule(path)
+    fitted = fit_group(model, group, rank, config, knowledge)
+    rank = fitted.factors[0].shape[1]
+    if len(group.paths) > 1:
+        share(model, group.paths, rank, fitted.factors)
+    else:
+        surgery.factorize(model, group.name, rank, fitted.factors, pivoted=config.pivoted)
     if fitted.shift is not None:
-        bias = made.bias
-        made.set_bias(nn.Parameter(bias.detach() + fitted.shift.to(bias), requires_grad=bias.requires_grad))
+        for path, shift in zip(group.paths, fitted.shift.split(group.outputs), strict=True):
+            made: Any = base_model(model).get_submodule(path)
+            bias = made.bias
+            made.set_bias(nn.Parameter(bias.detach() + shift.to(bias), requires_grad=bias.requires_grad))
 
 
 def _one_after_another(
     model: PreTrainedModel,
-    plan: Mapping[str, int],
+    plan: Mapping[Group, int],
     config: LowRankConfig,
     known: Knowledge,
     batches: Sequence[Batch],
@@ -355,16 +273,17 @@ def _one_after_another(
             "a sequential update needs calibration data, and there is none",
             hint="Pass calibration=[batch, ...]: mappings of model inputs such as a tokenizer returns.",
         )
-    groups = shared_inputs(model, list(plan), batches[0])
+    by_name = {group.name: group for group in plan}
+    waves = shared_inputs(model, list(by_name), batches[0])
     changed, reference = Replay(model, batches), Replay(copy.deepcopy(model), batches)
     try:
-        for number, group in enumerate(groups):
-            statistics = paired_statistics(changed, reference, group[0])
-            knowledge = replace(known, inputs=dict.fromkeys(group, statistics))
-            for path in group:
-                factorize_layer(model, path, plan[path], config, knowledge)
-            here = changed.layer_of(group[0])
-            following = changed.layer_of(groups[number + 1][0]) if number + 1 < len(groups) else None
+        for number, wave in enumerate(waves):
+            statistics = paired_statistics(changed, reference, wave[0])
+            knowledge = replace(known, inputs=dict.fromkeys(wave, statistics))
+            for name in wave:
+                factorize_group(model, by_name[name], plan[by_name[name]], config, knowledge)
+            here = changed.layer_of(wave[0])
+            following = changed.layer_of(waves[number + 1][0]) if number + 1 < len(waves) else None
             if here is not None and following is not None and following != here:
                 changed.finish(here)
                 reference.finish(here)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from hfcompress.methods.probing import Probe, divergence
-from hfcompress.modeling.anatomy import base_model
+from hfcompress.modeling.anatomy import base_model, output_width
 
 __all__ = ["Probe", "divergence", "measure"]
 
@@ -20,25 +20,31 @@ def measure(
     model: PreTrainedModel,
     products: Mapping[str, Callable[[], Mapping[int, torch.Tensor]]],
     probe: Probe,
+    members: Mapping[str, Sequence[str]] | None = None,
 ) -> dict[str, dict[int, float]]:
     """Puts low-rank products in the place of one layer's weight after the other, and scores the model.
 
     Args:
         model: The model; as before when this returns.
-        products: For each layer, what makes its products `(out, in)` by rank.
+        products: For each layer, or group of layers by the name of its first, what makes its products by rank:
+            `(out, in)`, those of a group's layers one below the other.
         probe: What scores.
+        members: The layers of each group; what is not there is a layer alone.
 
     Returns:
-        For each layer the rise of the loss by rank.
+        As `products`, the rise of the loss by rank.
     """
     base = base_model(model)
     rises: dict[str, dict[int, float]] = {}
-    for path, make in products.items():
-        module = base.get_submodule(path)
-        rises[path] = {}
+    for name, make in products.items():
+        layers: list[Any] = [base.get_submodule(path) for path in (members or {}).get(name, (name,))]
+        widths = [output_width(layer) for layer in layers]
+        rises[name] = {}
         for rank, product in make().items():
-            with _instead(module, product):
-                rises[path][rank] = probe.rise()
+            with ExitStack() as stack:
+                for layer, part in zip(layers, product.split(widths), strict=True):
+                    stack.enter_context(_instead(layer, part))
+                rises[name][rank] = probe.rise()
     return rises
 
 

@@ -23,7 +23,8 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 from hfcompress.errors import CheckpointError, CompressionError, RunFolderError
 from hfcompress.methods.low_rank.config import LowRankConfig
 from hfcompress.methods.low_rank.embeddings import factorize_table, token_table
-from hfcompress.methods.low_rank.method import Knowledge, choose_ranks, factorize_layer, float_layers
+from hfcompress.methods.low_rank.fitting import Knowledge
+from hfcompress.methods.low_rank.method import by_layer, choose_ranks, factorize_group, float_layers, groups_of
 from hfcompress.modeling.anatomy import base_model
 from hfcompress.modeling.checkpoint import commit, save
 from hfcompress.modeling.densify import Companions
@@ -76,21 +77,23 @@ def stream_factorize(
         token_table(model)
     knowledge = Knowledge(method="nmf" if config.method == "nmf" else "svd")
     layers, _ = float_layers(model, config)
-    ranks, _ = choose_ranks(model, layers, config, knowledge, ())
+    groups = groups_of(model, layers, config)
+    ranks, _ = choose_ranks(model, groups, config, knowledge, ())
     scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}.factors-", dir=out.parent))
     try:
-        plan = {path: rank for path, rank in ranks.items() if rank is not None}
-        for number, (path, rank) in enumerate(tqdm(plan.items(), desc="factorizing", disable=not progress)):
-            factorize_layer(model, path, rank, config, knowledge)
-            _spill(base_model(model).get_submodule(path), scratch / f"{number}.safetensors")
+        plan = {group: rank for group in groups if (rank := ranks[group.name]) is not None}
+        for number, (group, rank) in enumerate(tqdm(plan.items(), desc="factorizing", disable=not progress)):
+            factorize_group(model, group, rank, config, knowledge)
+            for member, path in enumerate(group.paths):
+                _spill(base_model(model).get_submodule(path), scratch / f"{number}-{member}.safetensors")
             _give_back_memory()
         table = {} if config.embeddings is None else factorize_table(model, config.embeddings, config.multiple_of)
         commit(model)
         save(model, out, tokenizer=Companions(source), max_shard_size=max_shard_size)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    whole = [path for path, rank in ranks.items() if rank is None]
-    findings = {"method": knowledge.method, "ranks": plan, "left_whole": whole}
+    whole = [path for group in groups if group not in plan for path in group.paths]
+    findings = {"method": knowledge.method, "ranks": by_layer(plan), "left_whole": whole}
     return findings | ({"embeddings": table} if table else {})
 
 
@@ -171,7 +174,8 @@ def _mapped(file: Path) -> dict[str, torch.Tensor]:
 def _spill(module: nn.Module, file: Path) -> None:
     """Puts factors into a file and maps them from there."""
     assert isinstance(module, LowRankLinear)
-    save_file({"up": module.up.weight.detach(), "down": module.down.weight.detach()}, file)
+    factors: dict[str, nn.Linear] = {name: getattr(module, name) for name in module.own_factors}
+    save_file({name: factor.weight.detach() for name, factor in factors.items()}, file)
     mapped = _mapped(file)
-    for name, factor in (("up", module.up), ("down", module.down)):
+    for name, factor in factors.items():
         factor.weight = nn.Parameter(mapped[name], requires_grad=factor.weight.requires_grad)

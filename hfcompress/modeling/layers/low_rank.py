@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import weakref
+from typing import Any, cast
+
 import torch
 from torch import nn
 
@@ -32,9 +36,15 @@ class LowRankLinear(nn.Module):
         transposed: Whether the layer that this stands for is one of GPT-2's, whose weight is `(in, out)`.
         device: Where the parameters are made.
         dtype: The parameters' dtype.
+
+    Attributes:
+        followers: How many layers beside it (`SharedLinear`) read its `down` too.
     """
 
     weight: torch.Tensor
+    followers: int = 0
+    # For the followers: the inputs, what `down` made of them, what that depends on, and how many have yet to take it.
+    _left: tuple[Any, torch.Tensor, tuple[Any, ...], int] | None = None
 
     def __init__(
         self,
@@ -70,8 +80,13 @@ class LowRankLinear(nn.Module):
         return self.down.out_features
 
     @property
+    def own_factors(self) -> tuple[str, ...]:
+        """The factors that are this module's own."""
+        return "down", "up"
+
+    @property
     def multiplications(self) -> int:
-        """How many a position takes; as many as the factors hold numbers."""
+        """How many a position takes; as many as its own factors hold numbers."""
         return self.rank * (self.in_features + self.up.out_features)
 
     @property
@@ -85,7 +100,50 @@ class LowRankLinear(nn.Module):
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         """Maps `(..., in_features)` to `(..., out_features)`."""
-        return self.up(self.down(inputs))
+        hidden = self.down(inputs)
+        if self.followers:
+            self._leave(inputs, hidden)
+        return self.up(hidden)
+
+    def reduce(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Maps `(..., in_features)` to `(..., rank)`, for a follower.
+
+        What this layer's own pass made of the same tensor is taken, if it is there and nothing has changed since.
+        """
+        left, self._left = self._left, None
+        if left is None:
+            return self.down(inputs)
+        seen, hidden, state, followers = left
+        seen = seen() if isinstance(seen, weakref.ref) else seen
+        if seen is not inputs or (state and state != self._state(inputs)):
+            return self.down(inputs)
+        if followers > 1:
+            self._left = (*left[:3], followers - 1)
+        return hidden
+
+    def _leave(self, inputs: torch.Tensor, hidden: torch.Tensor) -> None:
+        """Leaves `hidden` for the followers: until the last of them has taken it, or the inputs are gone."""
+        if torch.compiler.is_compiling():  # it follows a plain reference, and of that the last follower leaves nothing
+            self._left = (inputs, hidden, (), self.followers)
+            return
+        this = weakref.ref(self)
+
+        def forget(gone: weakref.ref[torch.Tensor]) -> None:
+            layer = this()
+            if layer is not None and layer._left is not None and layer._left[0] is gone:
+                layer._left = None
+
+        self._left = (weakref.ref(inputs, forget), hidden, self._state(inputs), self.followers)
+
+    def _state(self, inputs: torch.Tensor) -> tuple[Any, ...]:
+        """Returns what must be as it was for `down` to give the same."""
+        tensors = (inputs, *self.down.parameters())
+        versions = [0 if each.is_inference() else each._version for each in tensors]
+        return id(self.down), torch.is_grad_enabled(), self.down.training, *versions
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leaves what is on its way to a follower out of copies and pickles."""
+        return vars(self) | {"_left": None}
 
     def compose(self, up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
         """Returns the matrix `(out, in)` that weights of the two factors stand for."""
@@ -94,6 +152,75 @@ class LowRankLinear(nn.Module):
     def extra_repr(self) -> str:
         """Shows the shape that the two factors stand for."""
         return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"
+
+
+class SharedLinear(LowRankLinear):
+    """A low-rank layer that reads the `down` factor of another one beside it, the leader.
+
+    The factor is stored once, by the leader's name. Where both read one tensor in one pass, as queries, keys and values
+    do, and the leader comes first, it is multiplied once too; else each multiplies for itself, which gives the same.
+
+    Args:
+        leader: The layer whose `down` is read. It is a plain attribute, not a submodule: copies and pickles of a model
+            take the reference along, and whatever is put in the place of the factor is read from then on.
+        up: The layer's own factor, `(out, rank)`, with the layer's bias.
+        transposed: As in `LowRankLinear`.
+    """
+
+    def __init__(self, leader: LowRankLinear, up: nn.Linear, *, transposed: bool = False) -> None:
+        nn.Module.__init__(self)
+        vars(self)["_leader"] = leader
+        self.transposed = transposed
+        self.up = up
+        self.register_buffer("weight", torch.zeros(1, device=up.weight.device, dtype=up.weight.dtype))
+        leader.followers += 1
+
+    @property
+    def leader(self) -> LowRankLinear:
+        """The layer whose `down` is read."""
+        return cast(LowRankLinear, vars(self)["_leader"])
+
+    @property
+    def down(self) -> nn.Linear:  # type: ignore[override]
+        """The leader's factor."""
+        return self.leader.down
+
+    @property
+    def own_factors(self) -> tuple[str, ...]:
+        """The factors that are this module's own."""
+        return ("up",)
+
+    @property
+    def multiplications(self) -> int:
+        """How many a position takes beside the leader's; as many as its own factor holds numbers."""
+        return self.rank * self.out_features
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Maps `(..., in_features)` to `(..., out_features)`."""
+        return self.up(self.leader.reduce(inputs))
+
+
+def followers_of(parent: nn.Module, leader: nn.Module) -> dict[str, SharedLinear]:
+    """Returns a module's children, by name, that read the `down` of one of them."""
+    children = parent.named_children()
+    return {name: each for name, each in children if isinstance(each, SharedLinear) and each.leader is leader}
+
+
+def part_from_others(parent: nn.Module, layer: LowRankLinear) -> dict[str, LowRankLinear]:
+    """Makes ready for a low-rank layer to go: its followers, if it has any, need a factor of their own.
+
+    Returns:
+        What is to stand in the followers' places, by name among the parent's children.
+    """
+    if isinstance(layer, SharedLinear):
+        layer.leader.followers -= 1
+    alone: dict[str, LowRankLinear] = {}
+    for name, follower in followers_of(parent, layer).items():
+        shape, bias = (follower.in_features, follower.out_features, follower.rank), follower.bias is not None
+        new = LowRankLinear(*shape, bias=bias, transposed=follower.transposed, device=torch.device("meta"))
+        new.up, new.down, new.weight = follower.up, copy.deepcopy(follower.down), follower.weight
+        alone[name] = new.train(follower.training)
+    return alone
 
 
 def pivot(up: torch.Tensor, down: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
