@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from hfcompress.methods.quantization import QLoRAConfig, QuantizationConfig
     from hfcompress.methods.quantization_aware import QuantizationAwareConfig
     from hfcompress.methods.structured_pruning import StructuredPruningConfig
+    from hfcompress.methods.teaching.transfer import transfer_set
     from hfcompress.methods.trainer import DistillationTrainer, PruningTrainer
     from hfcompress.methods.training import TrainingConfig
     from hfcompress.methods.unstructured_pruning import UnstructuredPruningConfig
@@ -48,6 +49,7 @@ _HOMES = {
     "PruningTrainer": "hfcompress.methods.trainer",
     "TrainingConfig": "hfcompress.methods.training",
     "lora_targets": "hfcompress.modeling.adapters",
+    "transfer_set": "hfcompress.methods.teaching.transfer",
 }
 
 __all__ = [
@@ -68,6 +70,7 @@ __all__ = [
     "WidthPruningConfig",
     "compress",
     "lora_targets",
+    "transfer_set",
 ]
 
 

@@ -4,6 +4,7 @@ Every variant trains its own copy of the student on the same batches; calls are 
 of wall-clock time, and of the processor's time, which other work on the machine disturbs less.
 
     python scripts/benchmark_distillation.py [--student FOLDER] [--teacher FOLDER] [--steps 20] [--length 64]
+    python scripts/benchmark_distillation.py --filling [--teacher FOLDER] [--steps 20] [--length 64]
 """
 
 from __future__ import annotations
@@ -104,6 +105,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--length", type=int, default=64)
     parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--filling", action="store_true", help="time only how a cache is filled")
+    parser.add_argument("--turns", type=int, default=5, help="how often that is timed")
     arguments = parser.parse_args()
     tokenizer, student, teacher = build(arguments)
     size = arguments.batch_size
@@ -112,8 +115,12 @@ def main() -> None:
         steppers = {
             name: make_stepper(Path(folder), tokenizer, student, teacher, rows, config, arguments)
             for name, config in VARIANTS.items()
+            if name == "plain" or not arguments.filling
         }
-        filling, bare = time_filling(Path(folder), steppers["plain"].trainer, teacher)
+        turns = time_filling(Path(folder), steppers["plain"].trainer, teacher, arguments.turns)
+        if arguments.filling:
+            print_filling(turns)
+            return
         seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in [*steppers, "teacher"]}
         for count in range(arguments.steps + 1):
             for name, stepper in steppers.items():
@@ -134,8 +141,7 @@ def main() -> None:
         ratios = " / ".join(f"{taken / due:.3f}" for taken, due in zip(both, expected, strict=True))
         beside = "plain step + teacher forward" if is_live else "plain step"
         print(f"{name:24}{both[0] * 1e3:8.1f} ms, {both[1] * 1e3:8.1f} ms of the processor; {ratios} of {beside}")
-    ratios = " / ".join(f"{alone / taken:.3f}" for alone, taken in zip(bare, filling, strict=True))
-    print(f"filling the cache: {filling[0]:.2f} s; {ratios} of the bare teacher's speed")
+    print_filling(turns)
 
 
 def make_stepper(
@@ -172,15 +178,33 @@ def forward(teacher: PreTrainedModel, batch: dict[str, Any]) -> None:
         teacher(**{name: value for name, value in batch.items() if name != "labels"})
 
 
-def time_filling(folder: Path, trainer: CompressionTrainer, teacher: PreTrainedModel) -> tuple[Any, Any]:
-    """Returns the seconds of filling a cache, and of the teacher alone on the same batches, made beforehand."""
+def time_filling(
+    folder: Path, trainer: CompressionTrainer, teacher: PreTrainedModel, repeats: int
+) -> list[list[tuple[float, float]]]:
+    """Times filling a cache and the teacher alone on the same batches, made beforehand, by turns.
+
+    The first turn does not count: kernels are prepared anew for every shape of a batch.
+
+    Returns:
+        For each turn the seconds of filling, and those of the teacher.
+    """
     rows = trainer._rows()
     assert rows is not None
     ordered = sorted(range(len(rows)), key=lambda number: len(rows.dataset[number]["input_ids"]))
     batches = [rows.batch(ordered[start : start + rows.batch_size]) for start in range(0, len(rows), rows.batch_size)]
-    forward(teacher, batches[0])
-    filling = timed(lambda: fill(teacher, Asked(), rows, folder / "fresh"))
-    return filling, timed(lambda: [forward(teacher, batch) for batch in batches])
+    turns = []
+    for turn in range(repeats + 1):
+        filling = timed(lambda: fill(teacher, Asked(), rows, folder / f"fresh-{turn}"))  # noqa: B023
+        turns.append([filling, timed(lambda: [forward(teacher, batch) for batch in batches])])
+    return turns[1:]
+
+
+def print_filling(turns: list[list[tuple[float, float]]]) -> None:
+    """Prints the median ratio of the two by the clock, and by the processor's time."""
+    ratios = [statistics.median(bare[kind] / filling[kind] for filling, bare in turns) for kind in (0, 1)]
+    seconds = statistics.median(filling[0] for filling, _ in turns)
+    said = " / ".join(f"{ratio:.3f}" for ratio in ratios)
+    print(f"filling the cache: {seconds:.2f} s; {said} of the bare teacher's speed, medians of {len(turns)} turns")
 
 
 if __name__ == "__main__":

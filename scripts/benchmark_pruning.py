@@ -14,9 +14,13 @@ loaded model to a pruned one; with `--cost` they are all. Run it with both cores
 from __future__ import annotations
 
 import argparse
+import json
+import subprocess
+import sys
 import time
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -46,6 +50,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=15, help="timed passes of each model")
     parser.add_argument("--max-length", type=int, default=64)
     parser.add_argument("--cost", action="store_true", help="measure only what pruning costs")
+    parser.add_argument("--memory", action="store_true", help="measure only what memory pruning takes")
+    parser.add_argument("--peak-of", choices=tuple(WORK), help=argparse.SUPPRESS)
     parser.add_argument("--seed", type=int, default=0, help="of the draw of examples and of the random scores")
     return parser.parse_args()
 
@@ -122,10 +128,66 @@ def passes(model: Any, batches: Batches) -> float:
     return time.perf_counter() - started
 
 
+def train_a_step(model: Any, batches: Batches, share: float) -> None:
+    """Takes one step of training on the longest texts."""
+    optimizer = torch.optim.AdamW(model.train().parameters(), lr=1e-5)
+    with in_product_precision():
+        loss = model(**batches[-1]).loss
+    loss.backward()
+    optimizer.step()
+
+
+def score_only(model: Any, batches: Batches, share: float) -> None:
+    """Takes the derivatives that units are ranked by."""
+    with in_product_precision():
+        mask_gradients(model, target_of(model, flops=share, multiple_of=8).units, batches)
+
+
+def prune_by_default(model: Any, batches: Batches, share: float) -> None:
+    """Scores, chooses, removes and reconstructs."""
+    compress(model, [StructuredPruningConfig(flops=share)], calibration=batches)
+
+
+WORK: dict[str, Callable[[Any, Batches, float], None]] = {
+    "training step": train_a_step,
+    "scoring": score_only,
+    "pruning": prune_by_default,
+}
+
+
+def print_memory() -> None:
+    """Measures each kind of work in a process of its own."""
+    step: dict[str, float] = {}
+    for name in WORK:
+        command = [sys.executable, __file__, *sys.argv[1:], "--peak-of", name]
+        found = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+        step = step or found  # the training step is the first
+        ratios = " and ".join(f"{found[part] / step[part]:.2f}" for part in found)
+        print(f"{name:15}{found['process']:8.0f} MB, {found['more']:6.0f} on top of the model: {ratios} of the step's")
+        sys.stdout.flush()
+
+
+def print_peak(model: Any, batches: Batches, options: argparse.Namespace) -> None:
+    """Does one kind of work, and prints in MB what the process held at most, and how much more than before."""
+    Path("/proc/self/clear_refs").write_text("5")  # the most so far is forgotten
+    before = held("VmRSS")
+    WORK[options.peak_of](model, batches, options.flops)
+    print(json.dumps({"process": held("VmHWM"), "more": held("VmHWM") - before}))
+
+
+def held(field: str) -> float:
+    """Returns a size that Linux tells of this process, in MB."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(f"{field}:")).split()[1]) / 1024
+
+
 def main() -> None:
     """Prints the table."""
     warnings.filterwarnings("ignore")
     options = parse()
+    if options.memory and not options.peak_of:
+        print_memory()
+        return
     calibration, held_out = draw(options)
 
     def fresh() -> Any:
@@ -138,6 +200,9 @@ def main() -> None:
         config = StructuredPruningConfig(flops=options.flops, importance=importance, reconstruct=reconstruct)
         return lambda model: compress(model, [config], calibration=calibration)
 
+    if options.peak_of:
+        print_peak(fresh(), calibration, options)
+        return
     if options.cost:
         print_cost(fresh, calibration, options.flops)
         return

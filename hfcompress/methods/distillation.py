@@ -1,4 +1,8 @@
-"""Knowledge distillation inside the Trainer."""
+"""Knowledge distillation inside the Trainer.
+
+The student learns on texts that are given. On-policy distillation, in which it learns on what it writes itself, is
+left to TRL (`GKDTrainer`).
+"""
 
 from __future__ import annotations
 
@@ -37,6 +41,7 @@ from hfcompress.methods.teaching.signals import (
     Signals,
     at_positions,
     example_weights,
+    is_token_level,
     output_logits,
     positions,
 )
@@ -63,10 +68,11 @@ class DistillationConfig(Config):
         relations: Weight of MiniLMv2's loss on how queries, keys and values relate; heads may differ in number.
         relation_heads: Relation heads; by default as many as the teacher's layer has heads.
         relation_layers: The student's layer and the teacher's whose relations are compared; by default the last
-            ones.
+            ones that have their attention.
         embeddings: Weight of the loss on what comes out of the embeddings, compared as hidden states are.
         layers: Which of the student's layers learn from which of the teacher's, for hidden states and attention:
-            `uniform`, `last`, `skip`, or pairs such as [[1, 2], [2, 4]].
+            `uniform`, `last`, `skip`, or pairs such as [[1, 2], [2, 4]]. Where a layer's attention was taken out,
+            the rules leave its maps out.
         stage: Share of the steps in which only hidden states, attention, relations and embeddings are learnt; the
             outputs and labels have the steps after it for themselves. 0 learns all together.
         teacher_weights: How much each of several teachers counts for the outputs; alike by default. Only the first
@@ -211,9 +217,10 @@ class DistillationPart(Part):
             raise CompressionError(
                 "answers to questions are said about each token, and are not cached", hint="Set cache: false."
             )
-        if self.config.cache and self._between and model.config.is_encoder_decoder:
+        if self.config.cache and self._between and model.config.is_encoder_decoder and not is_token_level(model):
             raise CompressionError(
-                "hidden states of encoder-decoders are not cached", hint="Set hidden and embeddings to 0, or no cache."
+                "hidden states of encoder-decoders that say something about whole examples are not cached",
+                hint="Set hidden and embeddings to 0, or cache to false.",
             )
 
     def _order(self, model: PreTrainedModel, teacher: PreTrainedModel, tokens: OtherTokens | None) -> list[int] | None:

@@ -164,7 +164,8 @@ class Rows:
 
     def batch(self, numbers: Sequence[int]) -> dict[str, Any]:
         """Returns the batch of some rows on the device."""
-        made = self.collate([self.dataset[number] for number in numbers])
+        several = getattr(self.dataset, "__getitems__", None)  # `datasets` reads a batch much faster than row by row
+        made = self.collate(several(list(numbers)) if several else [self.dataset[number] for number in numbers])
         return {k: v.to(self.device) if isinstance(v, torch.Tensor) else v for k, v in made.items()}
 
 

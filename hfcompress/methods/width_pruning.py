@@ -21,7 +21,7 @@ from hfcompress.methods.pruning.search import keep_the_best
 from hfcompress.methods.pruning.units import head_units
 from hfcompress.methods.registry import Batch, Context, Method, register
 from hfcompress.modeling.checkpoint import commit
-from hfcompress.modeling.width import cut_width, residual_tensors, width_step
+from hfcompress.modeling.width import cut_width, heads_are_shared, residual_tensors, width_step
 
 
 class WidthPruningConfig(Config):
@@ -32,7 +32,8 @@ class WidthPruningConfig(Config):
         width: The hidden width itself, instead.
         importance: How dimensions, and the heads that go with them where a family's heads fill its width, are
             ranked: `taylor` by what the loss says of the weights that hold a dimension (Michel et al. 2019; needs
-            labels), `magnitude` by the size of those weights; `auto` is `taylor` where there are labels.
+            labels), `magnitude` by the size of those weights; `auto` is `taylor` where there are labels. Where all
+            layers share a position bias by head (MPNet), the same heads go everywhere.
     """
 
     remove: float = Field(0.25, gt=0, lt=1)
@@ -145,6 +146,8 @@ def width_pruning(model: PreTrainedModel, config: WidthPruningConfig, context: C
         raise CompressionError("the importance of the hidden width is not finite", hint="Check the weights for NaN.")
     if (scores == scores[0]).all():
         raise CompressionError("all dimensions are equally important: nothing says which to remove")
+    if heads_are_shared(model):
+        of_heads = [torch.stack(of_heads).sum(0)] * len(units)
     heads = {
         each.block.name: keep_the_best(score, wanted // each.block.head_dim).tolist()  # type: ignore[union-attr]
         for each, score in zip(units, of_heads, strict=True)

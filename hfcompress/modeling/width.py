@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -41,11 +42,17 @@ def width_step(model: PreTrainedModel) -> int:
             f"compressed otherwise ({', '.join(describe(model))})",
             hint="Cut the width first.",
         )
-    blocks = attention_blocks(model)
-    if any(block.spec.shared_bias != "none" for block in blocks):
-        raise CompressionError(f"models of type '{model.config.model_type}' share a bias by head: their width stays")
-    steps = {_step(block) for block in blocks}
+    steps = {_step(block) for block in attention_blocks(model)}
     return math.lcm(*steps) if steps else _MULTIPLE
+
+
+def heads_are_shared(model: PreTrainedModel) -> bool:
+    """Tells whether heads that follow the width must be the same ones in every layer.
+
+    One table has the position bias of each of them for all layers (MPNet).
+    """
+    blocks = attention_blocks(model)
+    return any(block.spec.head_dim_field is None and block.spec.shared_bias != "none" for block in blocks)
 
 
 def _step(block: AttentionBlock) -> int:
@@ -64,7 +71,7 @@ def residual_tensors(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
         CompressionError: As in `width_step`.
     """
     step = width_step(model)
-    return _plan(model, _fresh(model, int(model.config.hidden_size) - step), step)
+    return _plan(model, _fresh(model, int(model.config.hidden_size) - step))[0]
 
 
 def _fresh(model: PreTrainedModel, width: int) -> PreTrainedModel:
@@ -92,11 +99,14 @@ def _say(config: Any, model: PreTrainedModel, width: int) -> None:
     config.hidden_size = width
 
 
-def _plan(model: PreTrainedModel, fresh: PreTrainedModel, step: int) -> dict[str, tuple[int, ...]]:
-    before, heads = int(model.config.hidden_size), _head_dimensions(model)
-    after = int(fresh.config.hidden_size)
+_Plan = dict[str, tuple[int, ...]]
+
+
+def _plan(model: PreTrainedModel, fresh: PreTrainedModel) -> tuple[_Plan, _Plan]:
+    """Returns, of each tensor, the dimensions that the hidden width is, and those that are all layers' heads."""
+    heads, stream, by_head = _head_dimensions(model), (_width(model), _width(fresh)), _head_counts(model, fresh)
     shapes = {name: tensor.shape for name, tensor in _tensors(fresh)}
-    plan: dict[str, tuple[int, ...]] = {}
+    plan: tuple[_Plan, _Plan] = ({}, {})
     seen: set[int] = set()
     for name, tensor in _tensors(model):
         if id(tensor) in seen:
@@ -105,16 +115,28 @@ def _plan(model: PreTrainedModel, fresh: PreTrainedModel, step: int) -> dict[str
         new = shapes.get(name)
         if new is None or len(new) != tensor.dim():
             raise CompressionError(f"{name} has no counterpart in a stock model of another width")
-        differing = [dim for dim in range(len(new)) if new[dim] != tensor.shape[dim] and (name, dim) not in heads]
-        for dim in differing:
-            if (tensor.shape[dim], new[dim]) != (before, after):
+        for dim, (was, becomes) in enumerate(zip(tensor.shape, new, strict=True)):
+            if was == becomes or (name, dim) in heads:
+                continue
+            if (was, becomes) not in (stream, by_head):
                 raise CompressionError(
-                    f"{name}: dimension {dim} would change from {tensor.shape[dim]} to {new[dim]} with the hidden "
-                    "width: this family's width cannot be cut"
+                    f"{name}: dimension {dim} would change from {was} to {becomes} with the hidden width: this "
+                    "family's width cannot be cut"
                 )
-        if differing:
-            plan[name] = tuple(differing)
+            own = plan[0 if (was, becomes) == stream else 1]
+            own[name] = (*own.get(name, ()), dim)
     return plan
+
+
+def _width(model: PreTrainedModel) -> int:
+    return int(model.config.hidden_size)
+
+
+def _head_counts(model: PreTrainedModel, fresh: PreTrainedModel) -> tuple[int, int] | None:
+    if not heads_are_shared(model):
+        return None
+    before, after = (attention_blocks(each)[0].stock_heads for each in (model, fresh))
+    return before, after
 
 
 def _head_dimensions(model: PreTrainedModel) -> set[tuple[str, int]]:
@@ -144,7 +166,8 @@ def cut_width(model: PreTrainedModel, kept: torch.Tensor, heads: Mapping[str, Se
     Args:
         model: A model of stock shapes.
         kept: Which dimensions stay, int64, ascending; as many as a multiple of `width_step`.
-        heads: For each attention, by name, the heads that stay where they follow the width: as many as fill it.
+        heads: For each attention, by name, the heads that stay where they follow the width: as many as fill it, and
+            where `heads_are_shared` the same ones everywhere.
 
     Raises:
         CompressionError: The stock config cannot say the width. Nothing was changed then.
@@ -155,20 +178,35 @@ def cut_width(model: PreTrainedModel, kept: torch.Tensor, heads: Mapping[str, Se
     if len(kept) == before:
         return
     fresh = _fresh(model, len(kept))
-    plan = _plan(model, fresh, step)
-    for block in attention_blocks(model):
-        if block.spec.head_dim_field is None:
-            stay = list((heads or {}).get(block.name, range(len(kept) // block.head_dim)))
-            if len(stay) * block.head_dim != len(kept):
-                raise CompressionError(f"{block.name}: {len(kept) // block.head_dim} heads must stay, not {len(stay)}")
-            shrink_attention(block, stay)
+    plan, by_head = _plan(model, fresh)
+    following = [block for block in attention_blocks(model) if block.spec.head_dim_field is None]
+    stays = _heads_that_stay(model, following, len(kept), heads or {})
+    for block, stay in zip(following, stays, strict=True):
+        # A bias that all layers share is cut with the heads: nothing has to be picked out of it.
+        shrink_attention(replace(block, spec=replace(block.spec, shared_bias="none")), stay)
     _cut_tensors(model, plan, kept)
+    if by_head:
+        _cut_tensors(model, by_head, torch.tensor(stays[0]))
     configs = {id(own): own for module in model.modules() if (own := getattr(module, "config", None)) is not None}
     for config in configs.values():
         if getattr(config, "hidden_size", None) == before:
             _say(config, model, len(kept))
     for name, module in model.named_modules():
         _copy_numbers(fresh.get_submodule(name), module)
+
+
+def _heads_that_stay(
+    model: PreTrainedModel, blocks: Sequence[AttentionBlock], width: int, heads: Mapping[str, Sequence[int]]
+) -> list[list[int]]:
+    stays = [list(heads.get(block.name, range(width // block.head_dim))) for block in blocks]
+    for block, stay in zip(blocks, stays, strict=True):
+        if len(stay) * block.head_dim != width:
+            raise CompressionError(f"{block.name}: {width // block.head_dim} heads must stay, not {len(stay)}")
+        if heads_are_shared(model) and stay != stays[0]:
+            raise CompressionError(
+                f"{block.name}: one position bias serves the heads of all layers: those that stay must be the same"
+            )
+    return stays
 
 
 def _cut_tensors(model: PreTrainedModel, plan: Mapping[str, Sequence[int]], kept: torch.Tensor) -> None:

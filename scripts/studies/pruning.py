@@ -2,13 +2,14 @@
 
     python -m scripts.studies.pruning run                # hours; goes on where it was cut off, waits for teachers
     python -m scripts.studies.pruning run --part choices # on a part of train, where choices are made
-    python -m scripts.studies.pruning summary            # table and picture of what is there
+    python -m scripts.studies.pruning summary            # table of what is there, and docs/pruning.md
 
 Teachers and data are those of `scripts.studies.material`. Every arm removes the same share of the layers' multiply-adds
 with the same draw of 512 calibration sentences of train; each is measured on validation once. A row of the results
 holds every answer, so that the summary's intervals are paired: over examples, and over draws. The time of an arm is
-that of everything it does, on one thread beside whatever else runs; arms that share a pass over the data (`taylor`
-takes the derivatives that `ours` has stored) are not charged for it.
+that of everything it does, on one thread beside whatever else runs. One forward and backward pass of a draw gives the
+derivatives by weights that `torch-pruning` ranks by and those by units that `ours` does: both are charged for all of
+it, though `ours` alone would need no derivatives by weights. `taylor` takes those of `ours`, and is not charged.
 """
 
 from __future__ import annotations
@@ -16,26 +17,31 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import shutil
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding
 
 from hfcompress import StructuredPruningConfig
-from hfcompress.evaluation.quality import evaluate_quality
+from hfcompress.evaluation.quality import Quality, evaluate_quality
+from hfcompress.methods.pruning.importance import gradients_file, store_gradients
 from hfcompress.methods.pruning.targets import target_of
 from hfcompress.methods.pruning.units import head_units, neuron_units, total_cost
 from hfcompress.methods.registry import Context
 from hfcompress.methods.structured_pruning import structured_pruning
 from hfcompress.modeling.checkpoint import commit
 from hfcompress.tasks import get_task, load_data, preprocess
-from scripts.studies import torch_pruning_arm
+from scripts.studies import pruning_page, torch_pruning_arm
 from scripts.studies.material import TASKS, glue_folder, results_file, study_root, teacher_folder
+from scripts.studies.pruning_page import interval
 
 RESULTS = results_file("pruning.jsonl")
 SHARE = 0.5
@@ -47,13 +53,29 @@ CALIBRATION_BATCH = 16  # what a backward pass holds is most of the memory that 
 RESAMPLES = 2000
 
 Batches = list[dict[str, torch.Tensor]]
-Arm = Callable[[Any, Batches, int], None]
 
 
-def at_random(model: Any, batches: Batches, draw: int) -> None:
+class Draw(NamedTuple):
+    """What the arms of one draw share.
+
+    Attributes:
+        number: Of the draw.
+        batches: Of calibration examples.
+        folder: Where derivatives by units are kept for the draw.
+    """
+
+    number: int
+    batches: Batches
+    folder: Path
+
+
+Arm = Callable[[Any, Draw], None]
+
+
+def at_random(model: Any, draw: Draw) -> None:
     """Removes units that chance chooses."""
     target = target_of(model, flops=SHARE, multiple_of=8)
-    generator = torch.Generator().manual_seed(draw)
+    generator = torch.Generator().manual_seed(draw.number)
     kept = target.choose([torch.rand(each.count, generator=generator) for each in target.units])
     for each, index in zip(target.units, kept, strict=True):
         each.shrink(index)
@@ -63,16 +85,23 @@ def at_random(model: Any, batches: Batches, draw: int) -> None:
 def by(**settings: Any) -> Arm:
     """Returns the arm that prunes as a config says, keeping what it found out about the data for the others."""
 
-    def arm(model: Any, batches: Batches, draw: int) -> None:
-        context = Context(calibration=batches, cache_dir=study_root() / "pruning")
+    def arm(model: Any, draw: Draw) -> None:
+        context = Context(calibration=draw.batches, cache_dir=draw.folder)
         structured_pruning(model, StructuredPruningConfig(flops=SHARE, **settings), context)
 
     return arm
 
 
-def by_torch_pruning(model: Any, batches: Batches, draw: int) -> None:
+def differentiate(model: Any, draw: Draw) -> None:
+    """Leaves derivatives by weights in the model, and those by units where `structured_pruning` looks for them."""
+    units = target_of(model, flops=SHARE, multiple_of=8).units
+    gradients = torch_pruning_arm.accumulate(model, units, draw.batches)
+    store_gradients(gradients_file(model, draw.batches, draw.folder / "pruning"), units, gradients)
+
+
+def by_torch_pruning(model: Any, draw: Draw) -> None:
     """Removes what Torch-Pruning chooses."""
-    torch_pruning_arm.prune(model, batches, SHARE)
+    torch_pruning_arm.prune(model, draw.batches, SHARE)
 
 
 ARMS: dict[str, Arm] = {
@@ -95,41 +124,78 @@ class Study:
         self.file, self.part = file, part
         self.done = {(row["task"], row["draw"], row["arm"]) for row in read(file)}
 
-    def measure(self, name: str, draw: int, arms: Mapping[str, Arm], teacher: Path) -> None:
+    def measure(self, name: str, number: int, arms: Mapping[str, Arm], teacher: Path) -> None:
         """Prunes and measures with each arm that is not there yet for this task and draw."""
-        first = {"original": None} | dict(arms) if draw == 0 else arms
-        wanted = [arm for arm in first if (name, draw, arm) not in self.done]
-        wanted = [arm for arm in wanted if draw == 0 or arm not in SAME_IN_EVERY_DRAW]
+        first = {"original": None} | dict(arms) if number == 0 else arms
+        wanted = [arm for arm in first if (name, number, arm) not in self.done]
+        wanted = [arm for arm in wanted if number == 0 or arm not in SAME_IN_EVERY_DRAW]
         if not wanted:
             return
-        task, tokenizer = get_task(name), AutoTokenizer.from_pretrained(teacher)
-        labels = AutoModelForSequenceClassification.from_pretrained(teacher).config.label2id
-        splits = load_data(task, str(glue_folder(self.part)), progress=False)
-        options = {"max_length": MAX_LENGTH, "label2id": labels}
-        drawn = splits["train"].shuffle(seed=draw).select(range(EXAMPLES))
-        batches = calibration_batches(list(preprocess(drawn, task, tokenizer, **options)), tokenizer)
-        validation = preprocess(splits["validation"], task, tokenizer, **options)
-        for arm in wanted:
-            model, seconds, removed = pruned(teacher, arms.get(arm), batches, draw)
-            quality = evaluate_quality(model, validation, task, tokenizer, batch_size=BATCH, progress=False)
-            del model
-            gc.collect()  # a graph of dependencies holds its model by cycles
-            row = {"task": name, "draw": draw, "arm": arm, "metric": task.metrics[0], "metrics": quality.metrics}
-            row |= {"flops_removed": round(removed, 4), "seconds": round(seconds, 1)}
-            row |= {"predictions": short(quality.predictions), "references": short(quality.references)}
-            self.file.parent.mkdir(parents=True, exist_ok=True)
-            with self.file.open("a") as lines:
-                lines.write(json.dumps(row) + "\n")
-            print(f"{time.strftime('%H:%M:%S')} {name} {draw} {arm} {quality.metrics} {seconds:.0f} s", flush=True)
+        wanted.sort(key=lambda arm: arm != "torch-pruning")  # its pass serves the others
+        data = material(name, self.part, teacher)
+        with empty_folder(study_root() / "pruning" / f"{self.part}-{name}-{number}") as folder:
+            draw = Draw(number, data.calibration(number), folder)
+            shared = 0.0
+            for arm in wanted:
+                model = fresh(teacher)
+                whole, started = layer_flops(model), time.perf_counter()
+                if arm == "torch-pruning":
+                    differentiate(model, draw)
+                    shared = time.perf_counter() - started
+                if arm != "original":
+                    arms[arm](model, draw)
+                seconds = time.perf_counter() - started + (shared if arm == "ours" else 0.0)
+                self._write(name, number, arm, data.quality(model), 1 - layer_flops(model) / whole, seconds)
+                del model
+                gc.collect()  # a graph of dependencies holds its model by cycles
+
+    def _write(self, name: str, number: int, arm: str, quality: Quality, removed: float, seconds: float) -> None:
+        row = {"task": name, "draw": number, "arm": arm, "metric": quality.primary, "metrics": quality.metrics}
+        row |= {"flops_removed": round(removed, 4), "seconds": round(seconds, 1)}
+        row |= {"predictions": short(quality.predictions), "references": short(quality.references)}
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        with self.file.open("a") as lines:
+            lines.write(json.dumps(row) + "\n")
+        print(f"{time.strftime('%H:%M:%S')} {name} {number} {arm} {quality.metrics} {seconds:.0f} s", flush=True)
 
 
-def pruned(teacher: Path, arm: Arm | None, batches: Batches, draw: int) -> tuple[Any, float, float]:
-    """Returns the model as an arm leaves it, the seconds it took, and the share of FLOPs removed."""
-    model: Any = AutoModelForSequenceClassification.from_pretrained(teacher).eval()
-    whole, started = layer_flops(model), time.perf_counter()
-    if arm is not None:
-        arm(model, batches, draw)
-    return model, time.perf_counter() - started, 1 - layer_flops(model) / whole
+class Material:
+    """A task's data as its teacher reads them."""
+
+    def __init__(self, name: str, part: str, teacher: Path) -> None:
+        self.task, self.tokenizer = get_task(name), AutoTokenizer.from_pretrained(teacher)
+        self.splits = load_data(self.task, str(glue_folder(part)), progress=False)
+        self.options = {"max_length": MAX_LENGTH, "label2id": AutoConfig.from_pretrained(teacher).label2id}
+        self.validation = preprocess(self.splits["validation"], self.task, self.tokenizer, **self.options)
+
+    def calibration(self, draw: int) -> Batches:
+        """Returns a draw's batches."""
+        drawn = self.splits["train"].shuffle(seed=draw).select(range(EXAMPLES))
+        return calibration_batches(list(preprocess(drawn, self.task, self.tokenizer, **self.options)), self.tokenizer)
+
+    def quality(self, model: Any) -> Quality:
+        """Measures a model on validation."""
+        return evaluate_quality(model, self.validation, self.task, self.tokenizer, batch_size=BATCH, progress=False)
+
+
+@lru_cache
+def material(name: str, part: str, teacher: Path) -> Material:
+    """Returns a task's data, the same for all draws."""
+    return Material(name, part, teacher)
+
+
+@contextmanager
+def empty_folder(folder: Path) -> Iterator[Path]:
+    """Makes a folder for the body: what a run that was cut off left there would not be charged to any arm."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    yield folder
+    shutil.rmtree(folder)
+
+
+def fresh(teacher: Path) -> Any:
+    """Returns the model to prune."""
+    return AutoModelForSequenceClassification.from_pretrained(teacher).eval()
 
 
 def calibration_batches(rows: list[Any], tokenizer: Any) -> Batches:
@@ -253,16 +319,9 @@ class Losses:
         return float(np.median([row["seconds"] for key, row in self.rows.items() if key[2] == arm]))
 
 
-def interval(values: np.ndarray) -> str:
-    """Returns the measured value, the first, and the 95% interval of the others."""
-    low, high = np.percentile(values[1:], [2.5, 97.5])
-    return f"{values[0]:6.2f} [{low:6.2f}, {high:6.2f}]"
-
-
 def summary(options: argparse.Namespace) -> None:
-    """Prints the table and draws the picture."""
-    file = options.results or RESULTS
-    losses = Losses(read(file))
+    """Prints the table, and writes the page where nothing else was asked for."""
+    losses = Losses(read(options.results or RESULTS))
     counts = ", ".join(f"{task} {len(losses.draws[task])}" for task in losses.tasks)
     print(f"points lost at {1 / (1 - SHARE):.1f}x fewer encoder FLOPs; draws: {counts}; 95% over draws and examples")
     print(f"{'':15}{'pooled':>24}{'beyond ours':>24}{'seconds':>9}" + "".join(f"{task:>8}" for task in losses.tasks))
@@ -271,25 +330,8 @@ def summary(options: argparse.Namespace) -> None:
         pooled = losses.pooled(arm)
         by_task = "".join(f"{losses.of(arm, task)[0]:8.2f}" for task in losses.tasks)
         print(f"{arm:15}{interval(pooled):>24}{interval(pooled - ours):>24}{losses.seconds(arm):9.0f}{by_task}")
-    draw_picture(losses, file.with_suffix(".png"))
-
-
-def draw_picture(losses: Losses, file: Path) -> None:
-    """Draws each arm's pooled loss with its interval."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6.4, 0.5 * len(losses.arms) + 1.2), layout="constrained")
-    axes = figure.subplots()
-    values = [losses.pooled(arm) for arm in losses.arms]
-    ends = np.abs(np.array([np.percentile(each[1:], [2.5, 97.5]) - each[0] for each in values])).T
-    places = np.arange(len(values))[::-1]
-    axes.barh(places, [each[0] for each in values], xerr=ends, color="#4c72b0", ecolor="#333333", capsize=3)
-    axes.set_yticks(places, losses.arms)
-    axes.axvline(1, color="#c44e52", linewidth=1)
-    axes.set_xlabel(f"points lost, mean of {', '.join(losses.tasks)}")
-    axes.set_title("MPNet-base, half of the encoder's FLOPs removed without training", fontsize=10)
-    FigureCanvasAgg(figure).print_figure(file, dpi=120)
+    if options.results is None:
+        pruning_page.write(losses, EXAMPLES)
 
 
 def main() -> None:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from hfcompress.methods.pruning.importance import unit_factors
 from hfcompress.methods.pruning.targets import target_of
 from hfcompress.methods.pruning.units import Units, total_cost
 from hfcompress.methods.training import bf16_is_fast
@@ -39,21 +40,40 @@ def library() -> Any:
     return torch_pruning
 
 
+def accumulate(model: Any, units: Sequence[Units], batches: Batches) -> list[torch.Tensor]:
+    """Leaves in a model the gradients of its weights over all batches, which Torch-Pruning ranks by.
+
+    Args:
+        model: A fine-tuned model in evaluation mode.
+        units: Whatever else is asked about in the same passes.
+        batches: Calibration batches with labels.
+
+    Returns:
+        What `mask_gradients` returns for the units.
+    """
+    examples = sum(len(batch["labels"]) for batch in batches)
+    rows: list[list[torch.Tensor]] = [[] for _ in units]
+    model.zero_grad()
+    with unit_factors(model, units) as factors:
+        for batch in batches:
+            with torch.autocast("cpu", torch.bfloat16, enabled=bf16_is_fast()):  # as `StructuredPruningConfig` does
+                loss = model(**batch).loss
+            (loss * (len(batch["labels"]) / examples)).backward()
+            for found, factor in zip(rows, factors, strict=True):
+                assert factor.grad is not None
+                found.append(factor.grad * examples)
+    return [torch.cat(found) for found in rows]
+
+
 def prune(model: Any, batches: Batches, share: float, *, multivariable: bool = False) -> None:
     """Removes a share of the layers' FLOPs, as Torch-Pruning chooses.
 
     Args:
-        model: A fine-tuned model in evaluation mode.
+        model: A fine-tuned model in evaluation mode, with the gradients that `accumulate` leaves.
         batches: Calibration batches with labels.
         share: Of the FLOPs.
         multivariable: Whether Taylor terms of a unit's weights are added up before their size is taken.
     """
-    examples = sum(len(batch["labels"]) for batch in batches)
-    model.zero_grad()
-    for batch in batches:
-        with torch.autocast("cpu", torch.bfloat16, enabled=bf16_is_fast()):  # as `StructuredPruningConfig` does
-            loss = model(**batch).loss
-        (loss * (len(batch["labels"]) / examples)).backward()
     target = target_of(model, flops=share, multiple_of=1)
     budget = total_cost(target.units, "flops") * (1 - share)
     asked = share

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,9 @@ from transformers import (
 from hfcompress import DistillationConfig, DistillationTrainer
 from hfcompress.errors import CompressionError, ConfigError, DataError
 from hfcompress.methods.distillation import DistillationPart, soft_label_loss
-from hfcompress.methods.teaching.losses import forward_kl, multi_label
+from hfcompress.methods.teaching.losses import attention_divergence, forward_kl, multi_label
+from hfcompress.modeling.anatomy import attention_blocks
+from hfcompress.modeling.surgery import remove_block
 from tests.tiny_models import make
 from tests.workshop import batches, sentences, tiny_classifier, tiny_tokenizer
 
@@ -437,6 +440,43 @@ def test_families_are_compared_layer_by_layer(family: str, head: str | None) -> 
         assert terms.keys() == {"soft", "hidden", "embeddings", "attention", "relations"}
         for name, value in terms.items():
             assert (value > 1e-4) if seed == 0 else (abs(value) < 1e-4), name
+
+
+@pytest.mark.parametrize("family", ["bert", "mpnet", "distilbert", "vit"])
+def test_layers_that_lost_their_attention_have_no_maps_and_no_relations(family: str) -> None:
+    from tests.tiny_models import FAMILIES, inputs_for
+
+    head = FAMILIES[family].heads[1]
+    inputs, size = inputs_for(family, head), {"n_layers" if family == "distilbert" else "num_hidden_layers": 4}
+    student, teacher = make(family, head, **size), make(family, head, seed=1, **size)
+    for model, numbers in ((student, (2, 4)), (teacher, (3,))):
+        for block in [attention_blocks(model)[number - 1] for number in numbers]:
+            remove_block(block)
+    part = DistillationPart(DistillationConfig(attention=1.0, relations=1.0), teacher)
+    part.begin(student, 1, CPU)
+    with torch.no_grad():
+        outputs = student(**inputs, **part.forward_arguments())
+        said = teacher(**inputs, output_attentions=True).attentions
+    found = part.losses(inputs, outputs)
+    assert part.end(student)["distillation"]["layers"] == {"attention": [[1, 1]], "relations": [[3, 4]]}
+    tokens = outputs.attentions[0].shape[2]
+    mask = inputs.get("attention_mask", torch.ones(len(said[0]), tokens)).bool()
+    torch.testing.assert_close(found["attention"], attention_divergence(outputs.attentions[0], said[0], mask).mean())
+    pair = DistillationPart(DistillationConfig(attention=1.0, layers=((3, 4),)), teacher)
+    pair.begin(student, 1, CPU)
+    maps, others = ([each for each in maps if each is not None] for maps in (outputs.attentions, said))
+    assert len(maps) == 2 and len(others) == 3
+    torch.testing.assert_close(
+        pair.losses(inputs, outputs)["attention"], attention_divergence(maps[1], others[2], mask).mean()
+    )
+    for values, says in (
+        ({"attention": 1.0, "layers": ((1, 1), (1, 3))}, "layer of the teacher has lost"),
+        ({"attention": 1.0, "layers": "last", "hidden": 1.0}, None),
+        ({"attention": 1.0, "layers": ((0, 0),)}, "no layer of the student"),
+        ({"relations": 1.0, "relation_layers": (2, 4)}, "Layers with attention: 1, 3"),
+    ):
+        with pytest.raises(CompressionError, match=says) if says else nullcontext():
+            DistillationPart(DistillationConfig(**values), teacher).before_training(student, None)
 
 
 def question_answerer(seed: int) -> Any:

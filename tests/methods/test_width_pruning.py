@@ -27,6 +27,9 @@ CASES = [
     ("qwen3", "CausalLM"),
     ("bart", "ConditionalGeneration"),
     ("vit", "ImageClassification"),
+    ("mpnet", "SequenceClassification"),
+    ("mpnet", "MaskedLM"),
+    ("t5", "ConditionalGeneration"),
 ]
 
 
@@ -103,6 +106,28 @@ def test_heads_follow_the_width_where_they_fill_it() -> None:
     assert torch.equal(model.bert.encoder.layer[0].attention.self.query.bias, kept)
 
 
+@pytest.mark.parametrize("labelled", [True, False])
+def test_the_same_heads_go_where_all_layers_share_their_bias(labelled: bool) -> None:
+    model, inputs = make("mpnet", "SequenceClassification"), inputs_for("mpnet", "SequenceClassification")
+    blocks = attention_blocks(model)
+    with torch.no_grad():
+        for block, dead in zip(blocks, (1, 1, 2), strict=True):  # head 1 matters least in most layers
+            block.at(block.spec.output).weight[:, dead * block.head_dim : (dead + 1) * block.head_dim] *= 1e-3
+    kept = [0, 2, 3]
+    bias, queries = (
+        model.mpnet.encoder.relative_attention_bias.weight[:, kept].clone(),
+        blocks[2].module.q.bias.unflatten(0, (4, -1))[kept].flatten().clone(),  # type: ignore[union-attr]
+    )
+    batch = dict(inputs, labels=torch.tensor([0, 1]))
+    width_pruning(model, WidthPruningConfig(width=24), Context(calibration=[batch] if labelled else []))
+    assert torch.equal(model.mpnet.encoder.relative_attention_bias.weight, bias)
+    assert torch.equal(blocks[2].module.q.bias, queries)  # type: ignore[union-attr]
+    assert model.config.num_attention_heads == model.mpnet.encoder.n_heads == 3
+    different = {block.name: [0] if number else [1] for number, block in enumerate(blocks)}
+    with pytest.raises(CompressionError, match="must be the same"):
+        cut_width(model, torch.arange(8), different)
+
+
 def test_a_narrower_model_is_compressed_further(tmp_path: Path) -> None:
     model, data = tiny_classifier(), batches(2)
     steps = [WidthPruningConfig(remove=0.25), StructuredPruningConfig(heads=0.3, neurons=0.3), LowRankConfig(keep=0.6)]
@@ -117,16 +142,14 @@ def test_a_narrower_model_is_compressed_further(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("family", "values", "problem"),
     [
-        ("mpnet", {}, "share a bias by head"),
-        ("t5", {}, "share a bias by head"),
+        ("wav2vec2", {}, "this family's width cannot be cut"),
         ("bert", {"width": 30}, "reachable: multiples of 8 below 32"),
         ("bert", {"width": WIDTH}, "reachable: multiples of 8 below 32"),
         ("bert", {"importance": "taylor"}, "needs calibration batches with labels"),
     ],
 )
 def test_what_cannot_be_is_refused_and_nothing_is_changed(family: str, values: dict, problem: str) -> None:
-    head = "ConditionalGeneration" if family == "t5" else "SequenceClassification"
-    model = make(family, head)
+    model = make(family, "SequenceClassification")
     before = {name: value.clone() for name, value in model.state_dict().items()}
     with pytest.raises(CompressionError, match=problem):
         width_pruning(model, WidthPruningConfig(**values), Context())

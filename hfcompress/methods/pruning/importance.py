@@ -46,23 +46,37 @@ def kept_gradients(
     """
     if folder is None:
         return mask_gradients(model, units, batches)
-    hasher = hashlib.sha256(model_digest(model).encode())
-    for batch in batches:
-        for name in sorted(batch):
-            hasher.update(name.encode())
-            feed(hasher, batch[name])
-    file = folder / f"gradients-{hasher.hexdigest()[:24]}.safetensors"
-    names = [f"{'heads' if each.are_heads else 'neurons'} of {each.block.name}" for each in units]
+    file = gradients_file(model, batches, folder)
+    names = [_stored_name(each) for each in units]
     if file.is_file():
         with safe_open(file, "pt") as stored:
             if set(names) <= set(stored.keys()):
                 return [stored.get_tensor(name) for name in names]
     gradients = mask_gradients(model, units, batches)
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = file.with_suffix(f".{os.getpid()}")
-    save_file(dict(zip(names, gradients, strict=True)), partial)
-    os.replace(partial, file)
+    store_gradients(file, units, gradients)
     return gradients
+
+
+def gradients_file(model: PreTrainedModel, batches: Sequence[Batch], folder: Path) -> Path:
+    """Returns where `kept_gradients` looks for those of a model and its data."""
+    hasher = hashlib.sha256(model_digest(model).encode())
+    for batch in batches:
+        for name in sorted(batch):
+            hasher.update(name.encode())
+            feed(hasher, batch[name])
+    return folder / f"gradients-{hasher.hexdigest()[:24]}.safetensors"
+
+
+def store_gradients(file: Path, units: Sequence[Units], gradients: Sequence[torch.Tensor]) -> None:
+    """Writes what `mask_gradients` returned, whole or not at all."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_suffix(f".{os.getpid()}")
+    save_file({_stored_name(each): found for each, found in zip(units, gradients, strict=True)}, partial)
+    os.replace(partial, file)
+
+
+def _stored_name(units: Units) -> str:
+    return f"{'heads' if units.are_heads else 'neurons'} of {units.block.name}"
 
 
 class _NotByExample(Exception):
@@ -92,6 +106,15 @@ def mask_gradients(model: PreTrainedModel, units: Sequence[Units], batches: Sequ
         return _mask_gradients(model, units, [one for batch in batches for one in _one_by_one(batch)])
 
 
+def largest_first(batches: Sequence[Batch]) -> list[int]:
+    """Returns the order in which a pass over batches takes least memory.
+
+    What one batch leaves free then holds the next, where growing ones would each need room of their own.
+    """
+    sizes = [max(value.numel() for value in batch.values()) for batch in batches]
+    return sorted(range(len(batches)), key=lambda number: -sizes[number])
+
+
 def examples_in(batch: Batch) -> int:
     """Returns how many examples a batch holds."""
     return len(next(iter(batch.values())))
@@ -104,12 +127,43 @@ def _one_by_one(batch: Batch) -> Iterator[Batch]:
 
 
 def _mask_gradients(model: PreTrainedModel, units: Sequence[Units], batches: Sequence[Batch]) -> list[torch.Tensor]:
-    rows: list[list[torch.Tensor]] = [[] for _ in units]
-    factors: list[torch.Tensor] = []
-    sizes = iter([examples_in(batch) for batch in batches])
+    rows: list[list[torch.Tensor]] = [[torch.empty(0)] * len(batches) for _ in units]
+    order = largest_first(batches)
+    with _frozen(model), unit_factors(model, units) as factors:
+        passes = run_batches(model, [batches[number] for number in order], description="scoring")
+        for outputs, number in zip(passes, order, strict=True):
+            loss = outputs.get("loss")
+            if loss is None:
+                raise CompressionError("the model returns no loss for the calibration batches")
+            # The loss is a mean over the batch.
+            found = torch.autograd.grad(loss * len(factors[0]), factors, allow_unused=True)
+            for kept, factor, gradient in zip(rows, factors, found, strict=True):
+                gradient = torch.zeros_like(factor) if gradient is None else gradient.detach()
+                kept[number] = gradient.float().cpu()
+    gradients = [torch.cat(each) for each in rows]
+    for each, gradient in zip(units, gradients, strict=True):
+        if not torch.isfinite(gradient).all():
+            raise CompressionError(
+                f"{each.block.name}: importance is not finite", hint="Check weights and calibration data for NaN."
+            )
+    return gradients
 
-    def opening(module: nn.Module, *_: Any) -> None:
-        size = next(sizes)
+
+@contextmanager
+def unit_factors(model: nn.Module, units: Sequence[Units]) -> Iterator[list[torch.Tensor]]:
+    """Multiplies every example's units by factors of its own, all 1, inside the body.
+
+    Args:
+        model: The model, which is called with named inputs, of which the first has the batch's examples.
+        units: The units.
+
+    Yields:
+        The factors of the last forward pass, for each of `units` `(examples, count)`: leaves of its graph.
+    """
+    factors: list[torch.Tensor] = []
+
+    def opening(module: nn.Module, arguments: Any, batch: Batch) -> None:
+        size = examples_in(batch)
         factors[:] = [torch.ones(size, each.count, device=each.entry.weight.device).requires_grad_() for each in units]
 
     def by_example(index: int) -> Any:
@@ -123,25 +177,10 @@ def _mask_gradients(model: PreTrainedModel, units: Sequence[Units], batches: Seq
         return hook
 
     with ExitStack() as stack:
-        stack.enter_context(_frozen(model))
-        stack.callback(model.register_forward_pre_hook(opening).remove)
+        stack.callback(model.register_forward_pre_hook(opening, with_kwargs=True).remove)
         for index, each in enumerate(units):
             stack.callback(each.entry.register_forward_pre_hook(by_example(index)).remove)
-        for outputs in run_batches(model, batches, description="scoring"):
-            loss = outputs.get("loss")
-            if loss is None:
-                raise CompressionError("the model returns no loss for the calibration batches")
-            # The loss is a mean over the batch.
-            found = torch.autograd.grad(loss * len(factors[0]), factors, allow_unused=True)
-            for kept, factor, gradient in zip(rows, factors, found, strict=True):
-                kept.append(torch.zeros_like(factor).cpu() if gradient is None else gradient.detach().float().cpu())
-    gradients = [torch.cat(each) for each in rows]
-    for each, gradient in zip(units, gradients, strict=True):
-        if not torch.isfinite(gradient).all():
-            raise CompressionError(
-                f"{each.block.name}: importance is not finite", hint="Check weights and calibration data for NaN."
-            )
-    return gradients
+        yield factors
 
 
 @contextmanager

@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 
 from hfcompress.errors import CompressionError
 from hfcompress.methods.calibration import evaluating, run_batches
+from hfcompress.methods.pruning.importance import largest_first
 from hfcompress.methods.pruning.stream import Norm, StreamWatch
 from hfcompress.methods.pruning.units import Units
 from hfcompress.methods.registry import Batch
@@ -91,8 +92,9 @@ def refit(
         cross = cross - torch.outer(mean_out, mean_in)
     start = weight.double()
     scale = inputs.diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny)
-    held = inputs + ridge * scale * torch.eye(len(inputs), dtype=inputs.dtype, device=inputs.device)
-    fitted = start + torch.linalg.solve(held, (cross - start @ inputs).T).T
+    missed = cross - start @ inputs
+    inputs.diagonal().add_(ridge * scale)
+    fitted = start + torch.linalg.solve(inputs, missed.T).T
     return fitted.float(), None if bias is None else (mean_out - fitted @ mean_in).float()
 
 
@@ -140,6 +142,7 @@ def reconstruct(
     Raises:
         CompressionError: No batches, or activations that are not finite.
     """
+    batches = [batches[number] for number in largest_first(batches)]
     plan = _Plan(units, kept, batches, masked=not getattr(model.config, "is_encoder_decoder", False))
     with torch.no_grad(), evaluating(model), _without_cache(model):
         calls = _record(model, plan)
@@ -278,10 +281,11 @@ def _by_layers(model: PreTrainedModel, plan: _Plan, calls: _Calls) -> dict[int, 
     for layer, positions in tqdm(plan.layers.items(), desc="reconstructing", leave=False):
         if _stack(layer) != _stack(previous):
             original = [call.hidden for call in calls[layer]]
+            calls[layer] = [replace(call, hidden=_NOTHING) for call in calls[layer]]
             pruned = list(original)
         previous = layer
         own_blocks = [block for block in blocks if block.layer == layer]
-        original, wanted, norms = _run_original(model, plan, layer, own_blocks, calls[layer], original)
+        wanted, norms = _run_original(model, plan, layer, own_blocks, calls[layer], original)
         made = copy.deepcopy(base_model(model).get_submodule(layer))
         watch = StreamWatch(made, own_blocks)
         for position in positions:
@@ -298,7 +302,9 @@ def _by_layers(model: PreTrainedModel, plan: _Plan, calls: _Calls) -> dict[int, 
                 plan.add(moments, inputs, wanted[position][index] - stream, index)
             fits[position] = _fit(own, moments, weight)
             own.assign(fits[position].weight, fits[position].bias)
-        pruned = [call.run(made, hidden) for call, hidden in zip(calls[layer], pruned, strict=True)]
+        del wanted
+        for index, call in enumerate(calls[layer]):
+            pruned[index] = call.run(made, pruned[index])
     return fits
 
 
@@ -308,17 +314,17 @@ def _run_original(
     layer: str,
     blocks: Sequence[AttentionBlock | FeedForwardBlock],
     calls: Sequence[_Call],
-    hidden: Sequence[torch.Tensor],
-) -> tuple[list[torch.Tensor], dict[int, list[torch.Tensor]], dict[int, Norm | None]]:
-    """Runs a layer of the original on its batches.
+    hidden: list[torch.Tensor],
+) -> tuple[dict[int, list[torch.Tensor]], dict[int, Norm | None]]:
+    """Runs a layer of the original on its batches, and puts what it gives in the place of what it got.
 
     Returns:
-        What the layer gives, batch by batch; by unit position what its output projections gave, with the stream that
-        this was added to where that is known; and by unit position where the norms are, which says whether it is.
+        By unit position what its output projections gave, with the stream that this was added to where that is
+        known; and by unit position where the norms are, which says whether it is.
     """
     wanted: dict[int, list[torch.Tensor]] = {position: [] for position in plan.layers[layer] if plan.loses(position)}
     norms: dict[int, Norm | None] = {}
-    module, outputs = base_model(model).get_submodule(layer), []
+    module = base_model(model).get_submodule(layer)
     watch = StreamWatch(module, blocks)
 
     def note(position: int) -> Any:
@@ -327,18 +333,19 @@ def _run_original(
     with ExitStack() as stack:
         for position in wanted:
             stack.callback(plan.units[position].entry.register_forward_hook(note(position)).remove)
-        for call, given in zip(calls, hidden, strict=True):
+        for index, call in enumerate(calls):
+            given = hidden[index]
             with watch.watching():
-                outputs.append(call.run(module, given))
-            norm = watch.norm(given, outputs[-1]) if len(outputs) == 1 else None
+                hidden[index] = call.run(module, given)
+            norm = None if index else watch.norm(given, hidden[index])
             for position, seen in wanted.items():
                 units = plan.units[position]
                 name = units.block.spec.output
-                if len(outputs) == 1:  # the first factor of a low-rank layer does not write to the stream
+                if not index:  # the first factor of a low-rank layer does not write to the stream
                     norms[position] = norm if units.entry is units.block.at(name) else None
                 if seen:
                     seen[-1] = seen[-1] + watch.before(name, norms[position], given)
-    return outputs, wanted, norms
+    return wanted, norms
 
 
 def _in_copy(units: Units, layer: nn.Module) -> Units:

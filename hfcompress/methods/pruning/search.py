@@ -165,13 +165,13 @@ def rearrange(gradients: torch.Tensor, kept: torch.Tensor, passes: int = 3) -> t
             if removed[unit]:
                 continue
             removed[unit] = True
-            together += fisher[:, unit]
+            together += fisher[unit]
             change = torch.where(removed, own - 2 * together, torch.inf)
             back = int(change.argmin())
             if change[back] >= change[unit] - tolerance:
                 back = unit
             removed[back] = False
-            together -= fisher[:, back]
+            together -= fisher[back]
             changed |= back != unit
         if not changed:
             break

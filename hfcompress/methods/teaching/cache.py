@@ -35,6 +35,8 @@ class Layout:
         top_k: Whether those are the largest only.
         hidden: By place, as JSON: width and dtype.
         tokens: Number of real tokens in all rows, as far as it is known before.
+        decodes: Whether a decoder makes these tokens: a row has as many as it has labels.
+        read: Number of real tokens that an encoder reads beside them, where its hidden states are kept.
     """
 
     rows: int
@@ -43,13 +45,18 @@ class Layout:
     top_k: bool
     hidden: dict[str, tuple[int, str]]
     tokens: int
+    decodes: bool = False
+    read: int = 0
 
     @property
     def bytes(self) -> int:
         """Size on disk of all shards, nearly."""
         each = self.width * (6 if self.top_k else 4)
         logits = each * (self.tokens if self.per_token else self.rows)
-        return logits + sum(width * getattr(torch, kind).itemsize for width, kind in self.hidden.values()) * self.tokens
+        return logits + sum(
+            width * getattr(torch, kind).itemsize * (self.read if is_read(name) else self.tokens)
+            for name, (width, kind) in self.hidden.items()
+        )
 
     @property
     def shard_rows(self) -> int:
@@ -65,6 +72,16 @@ class Layout:
 def state_name(place: Place) -> str:
     """Returns what the hidden states of a place are called in a shard."""
     return f"{place[0]}hidden.{place[1]}"
+
+
+def is_read(name: str) -> bool:
+    """Tells whether a tensor of a shard has a row for each token that an encoder-decoder's encoder reads."""
+    return name.startswith("encoder_")
+
+
+def ends_name(name: str) -> str:
+    """Returns what a shard calls the places where each row's part of a tensor ends."""
+    return "encoder_ends" if is_read(name) else "ends"
 
 
 def shard_file(folder: Path, index: int) -> Path:
@@ -111,7 +128,7 @@ class TeacherCache:
         shard, row = self._open[number // self.layout.shard_rows], number % self.layout.shard_rows
         if not per_token:
             return shard[name][row : row + 1]
-        ends = shard["ends"]
+        ends = shard[ends_name(name)]
         return shard[name][int(ends[row - 1]) if row else 0 : int(ends[row])]
 
     def _rows(self, numbers: Sequence[int], name: str, *, per_token: bool) -> torch.Tensor:
@@ -147,15 +164,14 @@ class TeacherCache:
         return [(prefix, int(layer)) for prefix, _, layer in split]
 
     def _mask(self, inputs: Mapping[str, torch.Tensor], counted: torch.Tensor) -> torch.Tensor:
-        if "attention_mask" in inputs and inputs["attention_mask"].shape == counted.shape:
-            return inputs["attention_mask"].bool()
-        return counted  # an encoder-decoder's targets: what has a label
+        mask = None if self.layout.decodes else inputs.get("attention_mask")
+        return counted if mask is None or mask.shape != counted.shape else mask.bool()
 
     def _hidden(self, inputs: Mapping[str, torch.Tensor], numbers: Sequence[int], place: Place) -> torch.Tensor:
         flat = self._rows(numbers, state_name(place), per_token=True)
-        mask = inputs.get("attention_mask")
-        if mask is None:
-            return flat.view(len(numbers), -1, flat.shape[-1])
+        mask = inputs["labels"].ne(-100) if place[0] == "decoder_" else inputs.get("attention_mask")
+        if mask is None or (place[0] == "encoder_" and "input_ids" not in inputs):  # sound: all rows are alike
+            return flat.view(len(numbers), -1, flat.shape[-1]).to(next(iter(inputs.values())).device)
         mask = mask.bool()
         self._require(len(flat), mask)
         padded = torch.zeros(*mask.shape, flat.shape[-1], dtype=flat.dtype, device=mask.device)

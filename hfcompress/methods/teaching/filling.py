@@ -20,38 +20,47 @@ from transformers import PreTrainedModel
 from hfcompress.errors import CompressionError
 from hfcompress.methods.digests import feed, model_digest
 from hfcompress.methods.resuming import digest
-from hfcompress.methods.teaching.cache import META, Layout, TeacherCache, shard_file, state_name
+from hfcompress.methods.teaching.cache import META, Layout, TeacherCache, ends_name, is_read, shard_file, state_name
 from hfcompress.methods.teaching.signals import Asked, at_place, is_token_level, run_teacher, token_mask
 from hfcompress.methods.training import EXAMPLE_ID, Rows
 
 logger = logging.getLogger(__name__)
 
 FORMAT = 1
+_OF_DECODERS = ("decodes", "read")  # not in the keys of others, which so stay what they were
 _NOT_INPUTS = {"labels", "label", "label_ids", EXAMPLE_ID}
 
 
 # Keys
 
 
-def scan(rows: Rows, *, with_labels: bool) -> tuple[str, list[int]]:
-    """Returns a digest of the rows' inputs (and of the first ones as they are collated), and the rows' lengths.
+def scan(rows: Rows, *, with_labels: bool) -> tuple[str, list[int], list[int]]:
+    """Looks through the rows.
+
+    Args:
+        rows: The training set.
+        with_labels: Whether a decoder makes the tokens that have labels.
+
+    Returns:
+        A digest of their inputs (and of the first ones as they are collated); how many tokens each row has that are
+        said something about; and how many it has that are read.
 
     Raises:
         CompressionError: The same rows are another batch each time.
     """
     left_out = _NOT_INPUTS - ({"labels"} if with_labels else set())
-    hasher, lengths = hashlib.sha256(), []
+    hasher, lengths, read = hashlib.sha256(), [], []
     for row in rows:
         for name in sorted(set(row) - left_out):
             hasher.update(name.encode())
             feed(hasher, row[name])
-        own = row["labels"] if with_labels else row.get("input_ids", ())
-        lengths.append(sum(label != -100 for label in own) if with_labels else len(own))
+        read.append(len(row.get("input_ids", ())))
+        lengths.append(sum(label != -100 for label in row["labels"]) if with_labels else read[-1])
     for name, value in sorted(_repeatable(rows).items()):
         if name not in left_out:
             hasher.update(name.encode())
             feed(hasher, value)
-    return hasher.hexdigest(), lengths
+    return hasher.hexdigest(), lengths, read
 
 
 def _repeatable(rows: Rows) -> dict[str, Any]:
@@ -72,7 +81,14 @@ def _repeatable(rows: Rows) -> dict[str, Any]:
     return first
 
 
-def _look(teacher: PreTrainedModel, asked: Asked, rows: Rows, lengths: Sequence[int], top_k: int | None) -> Layout:
+def _look(
+    teacher: PreTrainedModel,
+    asked: Asked,
+    rows: Rows,
+    lengths: Sequence[int],
+    read: Sequence[int],
+    top_k: int | None,
+) -> Layout:
     """Runs the teacher on the first row to see what its outputs are like."""
     batch = rows.batch(range(1))
     with rows.autocast():
@@ -81,15 +97,24 @@ def _look(teacher: PreTrainedModel, asked: Asked, rows: Rows, lengths: Sequence[
     logits = outputs["logits"]
     width = logits.shape[-1] if logits.dim() > 1 else 1
     per_token = is_token_level(teacher)
-    lengths_elsewhere = len(rows) * next((state.shape[1] for state in states.values()), 1)  # images: all alike
+
+    def alike(encoder: bool) -> int:  # images and sound: all rows have as many
+        return len(rows) * next((state.shape[1] for name, state in states.items() if is_read(name) is encoder), 1)
+
     return Layout(
         rows=len(rows),
         per_token=per_token,
         width=min(top_k, width) if top_k else width,
         top_k=bool(top_k),
         hidden={name: (state.shape[-1], str(state.dtype).removeprefix("torch.")) for name, state in states.items()},
-        tokens=(sum(lengths) or lengths_elsewhere) if per_token or states else 0,
+        tokens=(sum(lengths) or alike(False)) if per_token or states else 0,
+        decodes=_decodes(teacher),
+        read=(sum(read) or alike(True)) if any(map(is_read, states)) else 0,
     )
+
+
+def _decodes(teacher: PreTrainedModel) -> bool:
+    return teacher.config.is_encoder_decoder and is_token_level(teacher)
 
 
 # Filling
@@ -120,15 +145,15 @@ def fill(
     """
     from filelock import FileLock
 
-    rows_key, lengths = scan(rows, with_labels=teacher.config.is_encoder_decoder)
-    layout = _look(teacher, asked, rows, lengths, top_k)
+    rows_key, lengths, read = scan(rows, with_labels=_decodes(teacher))
+    layout = _look(teacher, asked, rows, lengths, read, top_k)
     key = {
         "format": FORMAT,
         "teacher": model_digest(teacher),
         "rows": rows_key,
         "temperature": temperature if top_k else None,
         "autocast": _autocast_dtype(rows),
-        "layout": asdict(layout),
+        "layout": {name: value for name, value in asdict(layout).items() if value or name not in _OF_DECODERS},
     }
     folder = root / _key_name(key)
     root.mkdir(parents=True, exist_ok=True)
@@ -138,8 +163,9 @@ def fill(
         if missing:
             _require_room(folder, layout, share=len(missing) / layout.shards)
             started = time.monotonic()
+            order = [own + other for own, other in zip(lengths, read, strict=True)]
             for index in missing:
-                _write_shard(folder, index, _make_shard(teacher, asked, rows, layout, index, temperature, lengths))
+                _write_shard(folder, index, _make_shard(teacher, asked, rows, layout, index, temperature, order))
             logger.info("cached the teacher's outputs in %.0f s", time.monotonic() - started)
     return TeacherCache(folder, key)
 
@@ -223,10 +249,9 @@ def _make_shard(
             for number, piece in zip(few, pieces, strict=True):
                 kept.setdefault(number, {})[name] = piece
     tensors = {name: torch.cat([kept[number][name] for number in numbers]) for name in kept[first]}
-    per_token = [name for name in tensors if layout.per_token or "hidden" in name]
-    if per_token:
-        counts = torch.tensor([len(kept[number][per_token[0]]) for number in numbers])
-        tensors["ends"] = counts.cumsum(0)
+    per_token = {ends_name(name): name for name in tensors if layout.per_token or "hidden" in name}
+    for ends, name in per_token.items():
+        tensors[ends] = torch.tensor([len(kept[number][name]) for number in numbers]).cumsum(0)
     return tensors
 
 

@@ -26,7 +26,10 @@ from hfcompress.methods.teaching.signals import (
     ProjectionTap,
     Signals,
     at_place,
+    attention_at,
     example_weights,
+    last_attention,
+    layers_without_attention,
     relation_block,
     relation_widths,
     token_mask,
@@ -88,12 +91,8 @@ class Intermediate:
         if self.weights.hidden or self.weights.attention:
             self.pairs = {prefix: map_layers(config.layers, ours[prefix], theirs[prefix]) for prefix in ours}
         self._hidden = self._hidden_places(list(ours))
-        self._attention = [
-            ((prefix, own), (prefix, other))
-            for prefix, pairs in self.pairs.items()
-            for own, other in pairs
-            if self.weights.attention and own and other
-        ]
+        self._without: set[int] = set()
+        self._attention = self._attention_places(student, teacher) if self.weights.attention else []
         self._own_relations, relations = self._match_relations(student, teacher)
         self._tap: ProjectionTap | None = None
         if self._attention:
@@ -120,11 +119,33 @@ class Intermediate:
             places += [((prefix, 0), (prefix, 0)) for prefix in prefixes]
         return list(dict.fromkeys(places))
 
+    def _attention_places(self, student: PreTrainedModel, teacher: PreTrainedModel) -> list[tuple[Place, Place]]:
+        """Returns the pairs of layers that both have their attention."""
+        self._without, theirs = layers_without_attention(student), layers_without_attention(teacher)
+        places: list[tuple[Place, Place]] = []
+        for prefix, pairs in self.pairs.items():
+            for own, other in pairs:
+                whole = own not in self._without and other not in theirs
+                if not whole and not isinstance(self.config.layers, str):
+                    whose = "student" if own in self._without else "teacher"
+                    raise CompressionError(
+                        f"layers: [{own}, {other}] has no attention maps to compare: that layer of the {whose} has "
+                        "lost its attention",
+                        hint="Leave the pair out, or set attention to 0.",
+                    )
+                if whole and own and other:
+                    places.append(((prefix, own), (prefix, other)))
+        if not places:
+            raise CompressionError(
+                "attention: no layer of the student that has its attention is paired with such a one of the teacher",
+                hint="Give the pairs yourself: layers: [[student, teacher], ...], or set attention to 0.",
+            )
+        return places
+
     def _match_relations(self, student: PreTrainedModel, teacher: PreTrainedModel) -> Pair | tuple[None, None]:
         if not self.weights.relations:
             return None, None
-        last = (next(iter(depths(student).values())), next(iter(depths(teacher).values())))
-        own, other = self.config.relation_layers or last
+        own, other = self.config.relation_layers or (last_attention(student), last_attention(teacher))
         ours, theirs = relation_block(student, own), relation_block(teacher, other)
         self.relation_heads = self.config.relation_heads or theirs.query_heads
         for name, block in (("student", ours), ("teacher", theirs)):
@@ -184,7 +205,7 @@ class Intermediate:
             is_embeddings = self.weights.embeddings and own[1] == 0 and other[1] == 0
             found.setdefault("embeddings" if is_embeddings else "hidden", []).append(values)
         for own, other in self._attention:
-            maps = outputs[f"{own[0]}attentions"][own[1] - 1]
+            maps = attention_at(outputs, own, self._without)
             mask = token_mask(model, inputs, torch.Size((maps.shape[0], maps.shape[2])), own[0])
             values = attention_divergence(maps, taught.attentions[other], mask)
             found.setdefault("attention", []).append(values)

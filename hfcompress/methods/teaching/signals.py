@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +11,8 @@ from transformers import PreTrainedModel
 
 from hfcompress.errors import CompressionError
 from hfcompress.methods.training import EXAMPLE_ID, shifts_labels
-from hfcompress.modeling.anatomy import AttentionBlock, attention_blocks
+from hfcompress.modeling.anatomy import AttentionBlock, blocks_and_gaps
+from hfcompress.modeling.architectures import architectures
 
 # A place among the hidden states or attentions of a model's outputs: the stack's prefix and the layer.
 Place = tuple[str, int]
@@ -159,18 +160,41 @@ def at_positions(logits: torch.Tensor, counted: torch.Tensor | None) -> torch.Te
 # Queries, keys and values
 
 
+def _self_attentions(model: PreTrainedModel) -> list[AttentionBlock]:
+    """Returns the self-attention of every layer of the first stack, those that were taken out included."""
+    blocks = [each for each in blocks_and_gaps(model) if isinstance(each, AttentionBlock)]
+    first = blocks[0].stack
+    return [block for block in blocks if block.stack is first and block.spec is first.attentions[0]]
+
+
+def layers_without_attention(model: PreTrainedModel) -> set[int]:
+    """Returns the layers, counted from 1, whose attention was taken out as a whole; only encoders have such."""
+    if model.config.model_type not in architectures():
+        return set()
+    return {number for number, block in enumerate(_self_attentions(model), 1) if block.removed}
+
+
+def last_attention(model: PreTrainedModel) -> int:
+    """Returns the last layer of the first stack that has its attention, counted from 1."""
+    return max(number for number, block in enumerate(_self_attentions(model), 1) if not block.removed)
+
+
 def relation_block(model: PreTrainedModel, layer: int) -> AttentionBlock:
     """Returns the self-attention of a layer (counted from 1) of the first stack.
 
     Raises:
-        CompressionError: There is no such layer.
+        CompressionError: There is no such layer, or its attention was taken out.
         UnsupportedModelError: The family has no file in `architectures/`.
     """
-    blocks = attention_blocks(model)
-    first = blocks[0].stack
-    own = [block for block in blocks if block.stack is first and block.spec is first.attentions[0]]
+    own = _self_attentions(model)
     if not 1 <= layer <= len(own):
         raise CompressionError(f"relation_layers: {type(model).__name__} has layers 1 to {len(own)}, not {layer}")
+    if own[layer - 1].removed:
+        there = ", ".join(str(number) for number, block in enumerate(own, 1) if not block.removed)
+        raise CompressionError(
+            f"relation_layers: the attention of layer {layer} of {type(model).__name__} was taken out",
+            hint=f"Layers with attention: {there}.",
+        )
     return own[layer - 1]
 
 
@@ -225,6 +249,7 @@ class LiveTeacher:
 
     def __init__(self, model: PreTrainedModel, asked: Asked) -> None:
         self.model, self.asked = model, asked
+        self._without = layers_without_attention(model) if asked.attentions else set()
         self._tap = ProjectionTap(relation_block(model, asked.relations)) if asked.relations else None
         self._was_attention = str(model.config._attn_implementation)
         if asked.attentions and self._was_attention != "eager":
@@ -244,7 +269,7 @@ class LiveTeacher:
         return Signals(
             logits=at_positions(output_logits(outputs, inputs), counted) if self.asked.logits else None,
             hidden={place: at_place(outputs, "hidden_states", place) for place in self.asked.hidden},
-            attentions={(name, n): outputs[f"{name}attentions"][n - 1] for name, n in self.asked.attentions},
+            attentions={place: attention_at(outputs, place, self._without) for place in self.asked.attentions},
             relations=self._tap.take() if self._tap else (),
         )
 
@@ -269,3 +294,17 @@ def at_place(outputs: Any, kind: str, place: Place) -> torch.Tensor:
     """Returns the hidden states of one place from a model's outputs."""
     prefix, layer = place
     return outputs[f"{prefix}{kind}"][layer]
+
+
+def attention_at(outputs: Any, place: Place, without: Collection[int]) -> torch.Tensor:
+    """Returns the attention maps of one place from a model's outputs.
+
+    Args:
+        outputs: The model's.
+        place: A layer that has its attention.
+        without: What `layers_without_attention` returns: those layers give no maps, which some families leave out of
+            their outputs, so that the maps of later layers move up.
+    """
+    prefix, layer = place
+    given = [maps for maps in outputs[f"{prefix}attentions"] if maps is not None]
+    return given[layer - 1 - sum(number < layer for number in without)]

@@ -45,7 +45,7 @@ class Attention:
         kv_heads: The config's field with the stock number of key and value heads, where it has one.
         also: Further projections into the heads that some models have, by the role they are like.
         head_dim_field: The config's field from which stock models take the width of a head, where there is one:
-            with it the stock config can say that every layer has fewer heads.
+            with it the stock config can say that every layer has fewer heads, if they share no bias.
         heads_divide: The config's field that the stock number of query heads must divide.
         shared_bias: Whether a position bias made for all stock heads is added to the scores: `given` from
             outside, or also `passed_on` to the next layer.

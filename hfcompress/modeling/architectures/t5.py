@@ -14,6 +14,7 @@ def attention(module: str, *, optional: bool = False) -> Attention:
         head_dim="key_value_proj_dim",
         counts={"n_heads": "heads", "inner_dim": "width"},
         heads="num_heads",
+        head_dim_field="d_kv",
         shared_bias="passed_on",
         optional=optional,
     )

@@ -45,6 +45,23 @@ def test_the_derivative_is_that_of_the_loss_by_the_mask() -> None:
     assert gradient[0, 2].item() == pytest.approx((losses[0] - losses[1]) / 2e-5, rel=1e-3)
 
 
+def test_one_pass_gives_derivatives_by_weights_and_by_units(tmp_path: Path) -> None:
+    model, batch = tiny_classifier(), batches(1)[0]
+    units = [*head_units(model), *neuron_units(model)]
+    model(**batch).loss.backward()
+    plain = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+    model.zero_grad()
+    with importance.unit_factors(model, units) as factors:
+        model(**batch).loss.backward()
+    for name, parameter in model.named_parameters():
+        assert name not in plain or torch.equal(parameter.grad, plain[name])
+    by_units = [factor.grad * len(batch["labels"]) for factor in factors if factor.grad is not None]
+    for each, other in zip(by_units, mask_gradients(model, units, [batch]), strict=True):
+        torch.testing.assert_close(each, other)
+    importance.store_gradients(importance.gradients_file(model, [batch], tmp_path), units, by_units)
+    assert all(map(torch.equal, kept_gradients(model, units, [batch], tmp_path), by_units))
+
+
 def test_one_by_one_where_a_block_mixes_the_examples_of_a_batch() -> None:
     model, batch = tiny_classifier(), batches(1, size=4)[0]
     wanted = importance.mask_gradients(model, neuron_units(model), [batch])

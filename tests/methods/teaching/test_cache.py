@@ -8,14 +8,15 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import DataCollatorForLanguageModeling, DataCollatorWithPadding
+from transformers import DataCollatorForLanguageModeling, DataCollatorForSeq2Seq, DataCollatorWithPadding
 
 from hfcompress.errors import CheckpointError, CompressionError
+from hfcompress.methods.distillation import DistillationConfig, DistillationPart
 from hfcompress.methods.teaching import filling
 from hfcompress.methods.teaching.cache import META, TeacherCache
 from hfcompress.methods.teaching.filling import fill
-from hfcompress.methods.teaching.signals import Asked, LiveTeacher, positions
-from hfcompress.methods.training import Rows
+from hfcompress.methods.teaching.signals import Asked, LiveTeacher, positions, token_mask
+from hfcompress.methods.training import EXAMPLE_ID, Rows
 from tests.tiny_models import make
 from tests.workshop import sentences, tiny_classifier, tiny_tokenizer
 
@@ -182,3 +183,72 @@ def test_rows_that_changed_under_it_are_noticed(tmp_path: Path) -> None:
     batch["attention_mask"][0, 0] = 0
     with pytest.raises(CheckpointError, match="tokens for rows that have"):
         cache.signals(batch, None, torch.tensor([0, 1]))
+
+
+def translations(folder: Path, family: str) -> Rows:
+    """Rows for a decoder, some of which have as many labels as tokens."""
+    tokenizer, generator = tiny_tokenizer(), torch.Generator().manual_seed(0)
+
+    def ids(size: int) -> list[int]:
+        return torch.randint(5, 16, (size,), generator=generator).tolist()
+
+    data: list[dict[str, Any]] = [{"labels": ids(3 + number % 4)} for number in range(12)]
+    for number, row in enumerate(data):
+        if family == "whisper":
+            row["input_features"] = torch.randn(8, 20, generator=generator).tolist()
+        else:
+            row["input_ids"] = ids(4 + number % 3)
+            row["attention_mask"] = [1] * len(row["input_ids"])
+    if family == "whisper":
+        return rows(folder, dataset=data, collate=sounds)
+    return rows(folder, dataset=data, collate=DataCollatorForSeq2Seq(tokenizer))
+
+
+def sounds(data: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    labels = [torch.tensor(row["labels"]) for row in data]
+    return {
+        "input_features": torch.tensor([row["input_features"] for row in data]),
+        "labels": torch.nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=-100),
+    }
+
+
+@pytest.mark.parametrize("family", ["t5", "bart", "whisper"])
+def test_it_keeps_hidden_states_of_encoders_and_decoders(family: str, tmp_path: Path, small_shards: None) -> None:
+    teacher = make(family, "ConditionalGeneration", seed=1)
+    asked = Asked(hidden=(("encoder_", 0), ("encoder_", 2), ("decoder_", 1)))
+    data = translations(tmp_path, family)
+    cache = fill(teacher, asked, data, tmp_path)
+    assert cache.layout.shards > 2 and cache.layout.read != cache.layout.tokens
+    for numbers in ([7, 0, 3, 10], [1, 6]):  # in the second both are padded to 5
+        batch = data.batch(numbers)
+        counted = positions(teacher, batch)
+        assert counted is not None and not counted.all()
+        wanted, got = (
+            LiveTeacher(teacher, asked).signals(batch, counted),
+            cache.signals(batch, counted, torch.tensor(numbers)),
+        )
+        assert wanted.logits is not None and got.logits is not None
+        torch.testing.assert_close(got.logits, wanted.logits, rtol=1e-4, atol=1e-5)
+        for place in asked.hidden:
+            mask = token_mask(teacher, batch, wanted.hidden[place].shape[:2], place[0])
+            assert got.hidden[place].shape == wanted.hidden[place].shape
+            torch.testing.assert_close(got.hidden[place][mask], wanted.hidden[place][mask], rtol=1e-4, atol=1e-5)
+
+
+def test_an_encoder_decoder_learns_from_its_cache_as_from_its_teacher(tmp_path: Path) -> None:
+    data, teacher, student = translations(tmp_path, "t5"), make("t5", "ConditionalGeneration", seed=1), make("t5")
+    batch = data.batch([4, 1, 11]) | {EXAMPLE_ID: torch.tensor([4, 1, 11])}
+    found = []
+    for cache in (True, False):
+        part = DistillationPart(DistillationConfig(hidden=1.0, embeddings=1.0, cache=cache), teacher)
+        part.before_training(student, data)
+        part.begin(student, 1, CPU)
+        assert (not part.teachers) is cache
+        inputs = {name: value for name, value in batch.items() if name != EXAMPLE_ID}
+        with torch.no_grad():
+            found.append(part.losses(batch, student(**inputs, **part.forward_arguments())))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-5)
+    whole = make("bart", "SequenceClassification")
+    part = DistillationPart(DistillationConfig(hidden=1.0, cache=True), make("bart", "SequenceClassification", seed=1))
+    with pytest.raises(CompressionError, match="whole examples"):
+        part.before_training(whole, rows(tmp_path))
