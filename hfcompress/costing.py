@@ -10,19 +10,35 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hfcompress.evaluation.attacks import Attempt, Attempts, attack_model
 from hfcompress.evaluation.cost import Speed, cost_inputs, measure_grid, measure_speed
+from hfcompress.evaluation.explanations import Explained, explain, spread_rows
 from hfcompress.evaluation.layers import LayerCost, measure_layers
 from hfcompress.evaluation.report import describe_environment
 from hfcompress.evaluation.robustness import Robustness, evaluate_changed
 from hfcompress.evaluation.usage import Usage, measure_usage
 from hfcompress.recipe import Recipe
-from hfcompress.run_folder import COSTS, GRID, LAYERS, ROBUSTNESS, Done, key_of, read_json, write_json
+from hfcompress.run_folder import (
+    ATTACK,
+    COSTS,
+    EXPLANATIONS,
+    GRID,
+    LAYERS,
+    ROBUSTNESS,
+    Done,
+    key_of,
+    read_json,
+    write_json,
+)
 from hfcompress.tasks import Task, kind_of
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 logger = logging.getLogger(__name__)
+
+# What is asked of answers, which times do not depend on.
+_UNTIMED = {"explanations", "explanation_examples", "attack", "attack_examples"}
 
 
 class Costing:
@@ -44,7 +60,7 @@ class Costing:
         costs: list[tuple[Speed | None, Usage]] = []
         for each in done:
             file = each.folder / COSTS
-            key = key_of(each.key, self._asked.model_dump(), describe_environment())
+            key = key_of(each.key, self._asked.model_dump(exclude=_UNTIMED), describe_environment())
             known = read_json(file)
             if known and known["key"] == key:
                 costs.append((known["speed"] and Speed(**known["speed"]), Usage(**known["usage"])))
@@ -66,7 +82,7 @@ class Costing:
     def grid(self, first: Done, last: Done) -> tuple[Speed, ...]:
         """Times the result beside the original at several batch sizes and lengths."""
         asked, file = self._asked, last.folder / GRID
-        key = key_of(first.key, last.key, asked.model_dump(), describe_environment())
+        key = key_of(first.key, last.key, asked.model_dump(exclude=_UNTIMED), describe_environment())
         known = read_json(file)
         if known and known["key"] == key:
             return tuple(Speed(**speed) for speed in known["grid"])
@@ -114,10 +130,9 @@ class Costing:
             scores: dict[str, list[dict[str, float]]] = {change: [] for change in asked.robustness}
             for each in (first, last) if asked.robustness else ():
                 model, tokenizer = self._kind.load(each.checkpoint), self._tokenizer_of(each.checkpoint)
-                how = {"max_length": self._max_length, "batch_size": asked.batch_size}
                 for change in asked.robustness:
                     logger.info("measuring %s with %s", each.name, change)
-                    quality = evaluate_changed(model, rows, self._task, tokenizer, change, **how)
+                    quality = evaluate_changed(model, rows, self._task, tokenizer, change, **self._reading())
                     scores[change].append(quality.metrics)
             known = {"key": key, "scores": scores}
             write_json(file, known)
@@ -125,6 +140,54 @@ class Costing:
             Robustness(change=change, original=before, compressed=after)
             for change, (before, after) in known["scores"].items()
         )
+
+    def explanations(self, first: Done, last: Done, rows: Dataset, answers: Sequence[int]) -> Explained | None:
+        """Explains the original's answers by the original and by the result, where the recipe asks for it.
+
+        Args:
+            first: The original.
+            last: The result.
+            rows: The evaluation split.
+            answers: The original's answers to it.
+        """
+        asked, file = self._asked, last.folder / EXPLANATIONS
+        if asked.explanations is None:
+            return None
+        places = spread_rows(asked.explanation_examples, len(rows))
+        key = key_of(first.key, last.key, asked.explanations, places)
+        known = read_json(file)
+        if not known or known["key"] != key:
+            chosen, found = rows.select(places, keep_in_memory=True), []
+            for each in (first, last):
+                logger.info("explaining answers of %s by %s", each.name, asked.explanations)
+                model, tokenizer = self._kind.load(each.checkpoint), self._tokenizer_of(each.checkpoint)
+                said, how = [answers[place] for place in places], self._reading()
+                found.append(explain(model, chosen, self._task, tokenizer, asked.explanations, said, **how))
+            known = {"key": key, "original": found[0], "compressed": found[1]}
+            write_json(file, known)
+        return Explained(original=known["original"], compressed=known["compressed"])
+
+    def attack(self, first: Done, last: Done, rows: Dataset) -> Attempts | None:
+        """Attacks the original and the result on rows of the evaluation split, where the recipe asks for it."""
+        asked, file = self._asked, last.folder / ATTACK
+        if asked.attack is None:
+            return None
+        places = spread_rows(asked.attack_examples, len(rows))
+        key = key_of(first.key, last.key, asked.attack, places)
+        known = read_json(file)
+        if not known or known["key"] != key:
+            chosen, found = rows.select(places, keep_in_memory=True), []
+            for each in (first, last):
+                logger.info("attacking %s by %s", each.name, asked.attack)
+                model, tokenizer = self._kind.load(each.checkpoint), self._tokenizer_of(each.checkpoint)
+                found.append(attack_model(model, chosen, self._task, tokenizer, asked.attack, **self._reading()))
+            known = {"key": key, "tried": [[asdict(attempt) for attempt in each] for each in found]}
+            write_json(file, known)
+        before, after = ([Attempt(**each) for each in attempts] for attempts in known["tried"])
+        return Attempts(original=before, compressed=after)
+
+    def _reading(self) -> dict[str, int]:
+        return {"max_length": self._max_length, "batch_size": self._asked.batch_size}
 
 
 def _longest(processor: Any, config: Any) -> int:

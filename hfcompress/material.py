@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from hfcompress.errors import DataError
+from hfcompress.evaluation import attacks, explanations
 from hfcompress.evaluation.groups import group_labels
 from hfcompress.evaluation.robustness import KINDS
 from hfcompress.methods.registry import Batch
@@ -46,6 +47,13 @@ class Material:
         self.recipe = recipe
         self.task: Task = recipe.described_task
         self.kind = kind_of(self.task)
+        for asked, kinds in (
+            ("robustness", KINDS),
+            ("explanations", (explanations.KIND,)),
+            ("attack", (attacks.KIND,)),
+        ):
+            if getattr(recipe.evaluation, asked) and self.kind.name not in kinds:
+                raise DataError(f"evaluation.{asked}: is for tasks of kind {' or '.join(kinds)}, not {self.kind.name}")
         self.training_split = _training_split(self.task)
         self.base = find_model(recipe.model, progress=progress)
         self.teacher = find_model(recipe.teacher, progress=progress) if recipe.teacher else None
@@ -57,8 +65,6 @@ class Material:
                 f"teacher: {recipe.teacher} has no head that is trained for {self.task.name}",
                 hint="Fine-tune it first, by a recipe with one step of `training`, and name that run's folder.",
             )
-        if recipe.evaluation.robustness and self.kind.name not in KINDS:
-            raise DataError(f"evaluation.robustness: is for tasks of kind {' or '.join(KINDS)}, not {self.kind.name}")
 
     def start(self, seed: int) -> str:
         """Returns the key of what the first step of a seed begins with."""

@@ -12,12 +12,14 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from hfcompress.bench import Bench
 from hfcompress.costing import Costing
+from hfcompress.evaluation.attacks import require_attacks, withstood
 from hfcompress.evaluation.comparison import Answers, compare
 from hfcompress.evaluation.curves import Training
+from hfcompress.evaluation.explanations import agreement, require_explainer
 from hfcompress.evaluation.quality import score_task
 from hfcompress.evaluation.report import Report, Row, describe_environment, retention
 from hfcompress.evaluation.seeds import over_seeds
@@ -59,12 +61,16 @@ def run(recipe: Recipe, output: Path, quiet: bool = False) -> Report:
     output = Path(output)
     refuse_foreign(output)
     require_trackers([step.training for step in recipe.steps if step.training is not None])
+    if recipe.evaluation.explanations is not None:
+        require_explainer(recipe.evaluation.explanations)
+    if recipe.evaluation.attack is not None:
+        require_attacks()
     work = output.with_name(f"{output.name}.work")
     with locked(work):
         material = Material(recipe, progress=not quiet)
         runs = _run_seeds(material, work, quiet)
-        report = _report(material, runs)
-        publish(runs[0].done[-1].checkpoint, report, [each.answers for each in runs], output)
+        report, trials = _report(material, runs)
+        publish(runs[0].done[-1].checkpoint, report, [each.answers for each in runs], output, **trials)
     if recipe.push is not None:
         from hfcompress.publishing.hub import push
 
@@ -87,14 +93,21 @@ def _run_seeds(material: Material, work: Path, quiet: bool) -> list[_Measured]:
     return runs
 
 
-def _report(material: Material, runs: Sequence[_Measured]) -> Report:
-    """Compares every step with the original: the model after the leading fine-tuning step, or the base."""
+def _report(material: Material, runs: Sequence[_Measured]) -> tuple[Report, dict[str, Any]]:
+    """Compares every step with the original: the model after the leading fine-tuning step, or the base.
+
+    Returns:
+        The report, and what its explanations and its attack were summed up from, by field.
+    """
     recipe, task = material.recipe, judged_by(material.task, material.recipe.evaluation.metrics)
     done, answers = runs[0].done, runs[0].answers
     costing = Costing(recipe, material.task, lambda each: material.cut(each).tokenizer)
     rows = _rows(task, done, answers, costing)
     names = [each.name for each in done]
-    return Report(
+    asked, split = recipe.evaluation, material.data[task.evaluation_split]
+    explained = costing.explanations(done[0], done[-1], split, cast("list[int]", answers[0].predictions))
+    attempts = costing.attack(done[0], done[-1], split)
+    report = Report(
         name=recipe.name,
         base_model=_without_folders(recipe.model),
         task=task.name,
@@ -106,10 +119,13 @@ def _report(material: Material, runs: Sequence[_Measured]) -> Report:
         seed=recipe.seed,
         rows=rows,
         grid=costing.grid(done[0], done[-1]),
-        robustness=costing.robustness(done[0], done[-1], material.data[task.evaluation_split]),
+        robustness=costing.robustness(done[0], done[-1], split),
         layers=costing.layers(done[0], done[-1]),
         seeds=over_seeds(recipe.seeds, names, [each.answers for each in runs], task) if recipe.seeds else None,
+        explanations=agreement(asked.explanations, explained) if asked.explanations and explained else None,
+        attack=withstood(asked.attack, attempts) if asked.attack and attempts else None,
     )
+    return report, {"explanations": explained, "attack": attempts}
 
 
 def _rows(task: Task, done: Sequence[Done], answers: Sequence[Answers], costing: Costing) -> tuple[Row, ...]:

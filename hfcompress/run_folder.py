@@ -31,6 +31,8 @@ COSTS = "costs.json"
 GRID = "grid.json"
 ROBUSTNESS = "robustness.json"
 LAYERS = "layers.json"
+EXPLANATIONS = "explanations.json"
+ATTACK = "attack.json"
 
 
 @dataclass(frozen=True)
@@ -99,8 +101,18 @@ def read_record(folder: Path, key: str, *, checkpoint: Path | None = None) -> di
     return record if whole else None
 
 
-def publish(checkpoint: Path, report: Report, answers: Sequence[Sequence[Answers]], output: Path) -> None:
-    """Makes the result's folder beside its place and moves it there whole; `answers` are those of every seed."""
+def publish(
+    checkpoint: Path, report: Report, answers: Sequence[Sequence[Answers]], output: Path, **trials: Any
+) -> None:
+    """Makes the result's folder beside its place and moves it there whole.
+
+    Args:
+        checkpoint: What is published.
+        report: What was measured.
+        answers: Those of every seed.
+        output: The folder.
+        trials: What else `AnswerBook.of_run` keeps.
+    """
     from hfcompress.publishing import write_documents
 
     scratch = output.with_name(f".{output.name}.partial")
@@ -108,7 +120,7 @@ def publish(checkpoint: Path, report: Report, answers: Sequence[Sequence[Answers
     shutil.copytree(checkpoint, scratch, copy_function=_link_or_copy)
     try:
         report.save(scratch / REPORT)
-        book = AnswerBook.of_run(report, answers)
+        book = AnswerBook.of_run(report, answers, **trials)
         (scratch / PREDICTIONS).write_text(book.to_json(), encoding="utf-8")
         write_documents(scratch, report)
         replace_directory(scratch, output)

@@ -13,7 +13,7 @@ import pyarrow
 import pyarrow.parquet
 import torch
 from PIL import Image
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     BertConfig,
     BertForMaskedLM,
@@ -31,6 +31,10 @@ from transformers import (
     Wav2Vec2FeatureExtractor,
     Wav2Vec2ForCTC,
     Wav2Vec2Processor,
+    WhisperConfig,
+    WhisperFeatureExtractor,
+    WhisperForConditionalGeneration,
+    WhisperProcessor,
 )
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
@@ -240,6 +244,42 @@ def listener(folder: Path) -> None:
     Wav2Vec2Processor(feature_extractor=extractor, tokenizer=tokenizer).save_pretrained(folder)
 
 
+def scribe(folder: Path) -> None:
+    tokens = ("<pad>", "<start>", "<end>", "<unk>", "A", "B", "C")
+    vocabulary = {name: at for at, name in enumerate(tokens)}
+    config = WhisperConfig(
+        vocab_size=len(vocabulary),
+        d_model=64,
+        encoder_layers=2,
+        decoder_layers=2,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        encoder_ffn_dim=96,
+        decoder_ffn_dim=96,
+        num_mel_bins=8,
+        max_source_positions=20,
+        max_target_positions=16,
+        dropout=0.0,
+        pad_token_id=0,
+        bos_token_id=1,
+        decoder_start_token_id=1,
+        eos_token_id=2,
+    )
+    model = WhisperForConditionalGeneration(config)
+    model.generation_config.update(suppress_tokens=None, begin_suppress_tokens=None)
+    model.save_pretrained(folder)
+    letters = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    letters.pre_tokenizer = pre_tokenizers.Whitespace()
+    letters.post_processor = processors.TemplateProcessing(
+        single="$A <end>", special_tokens=[("<end>", vocabulary["<end>"])]
+    )
+    names = {"pad_token": "<pad>", "bos_token": "<start>", "eos_token": "<end>", "unk_token": "<unk>"}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=letters, model_max_length=16, **names)
+    # 40 frames of a window are half of them once they are heard: `max_source_positions`.
+    extractor = WhisperFeatureExtractor(feature_size=8, sampling_rate=16_000, hop_length=400, chunk_length=1, n_fft=800)
+    WhisperProcessor(feature_extractor=extractor, tokenizer=tokenizer).save_pretrained(folder)
+
+
 Maker = Callable[[Path], None]
 Writer = Callable[[Path, int, int], None]
 
@@ -252,6 +292,7 @@ KINDS: dict[str, tuple[dict[str, Any], Writer, Maker]] = {
     "image_classification": ({"labels": ["dark", "light"], "metrics": ["accuracy", "f1"]}, pictures, seer),
     "summarization": ({"answer_tokens": 8}, summaries, writer),
     "speech_recognition": ({}, recordings, listener),
+    "speech_to_text": ({"answer_tokens": 8}, recordings, scribe),
 }
 
 

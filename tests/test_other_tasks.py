@@ -23,6 +23,7 @@ CLASSES = {
     "masked_lm": "MaskedLM",
     "summarization": "ForConditionalGeneration",
     "speech_recognition": "ForCTC",
+    "speech_to_text": "ForConditionalGeneration",
 }
 TRAINING = {"epochs": 2, "learning_rate": 3e-3, "batch_size": 16, "precision": "fp32"}
 # The others are as quick a run each, and too much for every day.
@@ -40,7 +41,7 @@ STEPS: list[dict[str, Any]] = [
     {"quantization": {"weights": "int8"}},
 ]
 # What a question is answered with are two logits a token, which no teacher's loss knows yet.
-UNTAUGHT = {"question_answering", "speech_recognition"}
+UNTAUGHT = {"question_answering", "speech_recognition", "speech_to_text"}
 
 
 def steps_of(kind: str) -> list[dict[str, Any]]:
@@ -78,6 +79,7 @@ def test_a_run_learns_compresses_and_reports(finished: tuple[str, Path, Report])
         "summarization": learnt.get("rougeL", 0) > 0.6,
         # A few steps are not enough to hear letters; that it learns is seen in its loss.
         "speech_recognition": losses.values[-1] < 0.7 * losses.values[0],
+        "speech_to_text": losses.values[-1] < 0.7 * losses.values[0],
     }
     assert better_than_chance[kind]
     known = report.rows[-1].comparison

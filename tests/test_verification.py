@@ -14,7 +14,10 @@ import pytest
 from hfcompress import pipeline, verification
 from hfcompress.errors import HFCompressError
 from hfcompress.evaluation.answer_book import AnswerBook, seal
+from hfcompress.evaluation.attacks import Attempt, Attempts, withstood
 from hfcompress.evaluation.cost import Speed
+from hfcompress.evaluation.curves import Curve, Training
+from hfcompress.evaluation.explanations import Explained, agreement
 from hfcompress.evaluation.report import Report
 from hfcompress.publishing import write_documents
 from hfcompress.recipe import load_recipe
@@ -70,6 +73,54 @@ def result(place: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(place / "result", tmp_path / "result"))
 
 
+EXPLAINED = Explained(
+    original=[[0.5, -0.25, 0.125, 0.75], [0.5, 0.25, -1.5], [2.0, 1.0, 0.5]],
+    compressed=[[0.5, -0.125, 0.25, 0.625], [-0.5, 0.25, -1.25], [0.5, 1.0, 2.0]],
+)
+ATTEMPTS = Attempts(
+    original=[
+        Attempt(outcome="withstood", queries=30, changed=0.0),
+        Attempt(outcome="fooled", queries=12, changed=0.25),
+        Attempt(outcome="wrong", queries=0, changed=0.0),
+    ],
+    compressed=[
+        Attempt(outcome="fooled", queries=21, changed=0.5),
+        Attempt(outcome="fooled", queries=9, changed=0.125),
+        Attempt(outcome="wrong", queries=0, changed=0.0),
+    ],
+)
+
+
+@pytest.fixture
+def tried(result: Path) -> Path:
+    """The result as if its recipe had asked for training, explanations and an attack, whose libraries are not here."""
+    report = Report.from_json((result / "report.json").read_text())
+    curve = Curve(name="loss", steps=(1, 2), values=(0.75, 0.5))
+    rows = (
+        *report.rows[:-1],
+        replace(report.rows[-1], training=Training(losses=(curve,), metrics=(curve,), examples=48)),
+    )
+    asked = report.recipe["evaluation"] | {"explanations": "shap", "attack": "pruthi"}
+    report = replace(
+        report,
+        rows=rows,
+        recipe=report.recipe | {"evaluation": asked},
+        explanations=agreement("shap", EXPLAINED),
+        attack=withstood("pruthi", ATTEMPTS),
+    )
+    report.save(result / "report.json")
+    book = AnswerBook.from_json((result / "predictions.json").read_text())
+    book = replace(book, report=seal(report.to_json()), explanations=EXPLAINED, attack=ATTEMPTS)
+    (result / "predictions.json").write_text(book.to_json())
+    write_documents(result)
+    return result
+
+
+@pytest.fixture
+def measured_with_trials(measured: Measured) -> Measured:
+    return replace(measured, explained=(EXPLAINED.compressed, ""), attacked=(ATTEMPTS.compressed, ""))
+
+
 @pytest.fixture
 def remembering(monkeypatch: pytest.MonkeyPatch) -> None:
     """Scores the same answers once, however often they are judged."""
@@ -119,7 +170,9 @@ def test_what_a_run_wrote_holds(place: Path, result: Path, measured: Measured) -
 
 
 @pytest.mark.usefixtures("remembering")
-def test_every_figure_of_the_report_altered_fails(result: Path, measured: Measured) -> None:
+def test_every_figure_of_the_report_altered_fails(tried: Path, measured_with_trials: Measured) -> None:
+    result, measured = tried, measured_with_trials
+    assert [check for check in judge(result, measured) if check.state != "holds"] == []
     text = (result / "report.json").read_text()
     paths = list(figures(json.loads(text)))
     assert len(paths) > 100
@@ -134,15 +187,16 @@ def test_every_figure_of_the_report_altered_fails(result: Path, measured: Measur
 # What only the run itself could know, and is not in the folder any more.
 UNKNOWABLE = re.compile(
     r"format|grid\..*|robustness\.\d\.original\..*|environment\..*|recipe\..*|rows\.\d\.(seconds|findings\..*)|rows\.\d\.usage\.(memory|load_seconds|parts\..*)"
-    r"|layers\.\d+\.(original_)?seconds"
+    r"|layers\.\d+\.(original_)?seconds|rows\.\d\.training\..*"
     r"|rows\.0\.bytes|rows\.1\.(bytes|parameters|usage\.operations)|rows\.\d\.speed\..*"
 )
 
 
 @pytest.mark.usefixtures("remembering")
 def test_a_forged_report_with_card_page_and_seal_to_match_still_fails_where_it_can_be_measured(
-    result: Path, measured: Measured
+    tried: Path, measured_with_trials: Measured
 ) -> None:
+    result, measured = tried, measured_with_trials
     text = (result / "report.json").read_text()
     book = AnswerBook.from_json((result / "predictions.json").read_text())
     unseen = []
@@ -175,7 +229,10 @@ def write_documents_without_pictures(directory: Path) -> None:
         pytest.param("report.html", 1, marks=pytest.mark.slow),
     ],
 )
-def test_every_figure_of_a_document_altered_fails(name: str, every: int, result: Path, measured: Measured) -> None:
+def test_every_figure_of_a_document_altered_fails(
+    name: str, every: int, tried: Path, measured_with_trials: Measured
+) -> None:
+    result, measured = tried, measured_with_trials
     file = result / name
     text = file.read_text()
     begin = max(text.find("<main>"), 0)
@@ -201,6 +258,34 @@ def test_an_altered_answer_fails(result: Path, measured: Measured) -> None:
         holder[path[-1]] = 1 - holder[path[-1]]
         (result / "predictions.json").write_text(json.dumps(whole))
         assert fails(result, measured), path
+
+
+def test_other_reasons_and_other_rows_that_withstand_fail(tried: Path, measured_with_trials: Measured) -> None:
+    def failed(now: Measured) -> list[str]:
+        return [check.figure for check in judge(tried, now) if check.state == "fails"]
+
+    others = [[0.5, -0.125, 0.25, 0.5], *EXPLAINED.compressed[1:]]
+    assert failed(replace(measured_with_trials, explained=(others, ""))) == ["quantization: what words count for"]
+    assert failed(replace(measured_with_trials, explained=(others[:2], ""))) == ["quantization: what words count for"]
+    now = replace(measured_with_trials, attacked=(ATTEMPTS.original, ""))
+    assert failed(now) == ["quantization: rows that withstood the attack"]
+    without = replace(measured_with_trials, explained=(None, "shap is absent"), attacked=(None, "textattack is absent"))
+    states = {check.figure: (check.state, check.said) for check in judge(tried, without) if check.state != "holds"}
+    assert states == {
+        "quantization: what words count for": ("not checked", "shap is absent"),
+        "quantization: rows that withstood the attack": ("not checked", "textattack is absent"),
+    }
+    kept = json.loads((tried / "predictions.json").read_text())
+    for alter in (
+        lambda book: book["explanations"]["original"][0].reverse(),
+        lambda book: book["attack"]["original"].pop(),
+        lambda book: book["attack"]["original"][0].update(queries=31),
+        lambda book: book.pop("explanations"),
+    ):
+        book = json.loads(json.dumps(kept))
+        alter(book)
+        (tried / "predictions.json").write_text(json.dumps(book))
+        assert failed(measured_with_trials), book["attack"]
 
 
 @pytest.mark.parametrize("name", ["README.md", "predictions.json", ".eval_results/sst2.yaml"])

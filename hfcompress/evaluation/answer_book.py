@@ -11,7 +11,9 @@ from typing import Annotated, Literal
 from pydantic import Field, TypeAdapter, ValidationError
 
 from hfcompress.errors import CheckpointError
+from hfcompress.evaluation.attacks import Attempts
 from hfcompress.evaluation.comparison import Answers
+from hfcompress.evaluation.explanations import Explained
 from hfcompress.evaluation.records import STRICT, Values
 from hfcompress.evaluation.report import Report
 
@@ -59,6 +61,8 @@ class AnswerBook:
         groups: Each example's group, by column of the data; empty where the recipe names none.
         rows: One for each row of the report, in its order.
         seeds: Those of the seeds after the first, in the recipe's order.
+        explanations: What the words of some rows count for, where the recipe asks for it.
+        attack: What an attack on some rows came to, where the recipe asks for it.
     """
 
     __pydantic_config__ = STRICT
@@ -69,14 +73,25 @@ class AnswerBook:
     rows: Annotated[tuple[RowAnswers, ...], Field(min_length=1)]
     groups: dict[str, list[str]] = field(default_factory=dict)
     seeds: tuple[SeedAnswers, ...] = ()
+    explanations: Explained | None = None
+    attack: Attempts | None = None
 
     @classmethod
-    def of_run(cls, report: Report, answers: Sequence[Sequence[Answers]]) -> AnswerBook:
+    def of_run(
+        cls,
+        report: Report,
+        answers: Sequence[Sequence[Answers]],
+        *,
+        explanations: Explained | None = None,
+        attack: Attempts | None = None,
+    ) -> AnswerBook:
         """Returns the book of a report.
 
         Args:
             report: The report.
             answers: For each seed, the first one first, the answers that each row was measured by.
+            explanations: What the report's explanations were summed up from.
+            attack: What its attack was summed up from.
         """
         seeds = report.seeds.seeds if report.seeds else (report.seed,)
         first, *others = [
@@ -92,6 +107,8 @@ class AnswerBook:
             rows=first,
             groups=answers[0][0].groups,
             seeds=tuple(SeedAnswers(seed=seed, rows=rows) for seed, rows in zip(seeds[1:], others, strict=True)),
+            explanations=explanations,
+            attack=attack,
         )
 
     def every_seed(self) -> list[list[Answers]]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from hfcompress.errors import ConfigError, Problem
+from hfcompress.evaluation.energy import find_meter
 from hfcompress.evaluation.inference import inferring
 
 if TYPE_CHECKING:
@@ -37,6 +38,9 @@ class Speed:
         sequence_length: Tokens a row; 0 where rows are not made of tokens.
         threads: PyTorch's threads during the measurement.
         repeats: Timed passes of each model.
+        original_joules: The mean energy that the processor took over a pass of the original, with all else that ran
+            on it meanwhile; None where the machine does not count it. (A mean: counters move once a millisecond.)
+        compressed_joules: The compressed model's.
     """
 
     ratio: float
@@ -48,6 +52,8 @@ class Speed:
     sequence_length: int
     threads: int
     repeats: int
+    original_joules: float | None = None
+    compressed_joules: float | None = None
 
 
 def speed_inputs(vocabulary: int, batch_size: int, sequence_length: int) -> dict[str, torch.Tensor]:
@@ -105,6 +111,7 @@ def measure_speed(
     sequence_length = inputs["input_ids"].shape[1] if "input_ids" in inputs else 0
     runs = [(model, _to_device(inputs, model)) for model in (original, compressed)]
     times = np.empty((repeats, 2))
+    meter, joules = find_meter(), np.empty((repeats, 2))
     with inferring(original, compressed):
         for _ in range(_WARM_UP):
             for model, batch in runs:
@@ -112,7 +119,10 @@ def measure_speed(
         for turn in range(repeats):
             # Whoever goes second finds the caches full of the other's weights: take turns at that too.
             for place in (0, 1) if turn % 2 == 0 else (1, 0):
+                before = meter.read() if meter else ()
                 times[turn, place] = _seconds(*runs[place])
+                if meter:
+                    joules[turn, place] = meter.joules(before, meter.read())
     ratio, low, high = _ratio_of_medians(times)
     return Speed(
         ratio=ratio,
@@ -124,6 +134,8 @@ def measure_speed(
         sequence_length=sequence_length,
         threads=torch.get_num_threads(),
         repeats=repeats,
+        original_joules=float(joules[:, 0].mean()) if meter else None,
+        compressed_joules=float(joules[:, 1].mean()) if meter else None,
     )
 
 

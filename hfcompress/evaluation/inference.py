@@ -15,13 +15,19 @@ def inferring(*models: nn.Module) -> Iterator[None]:
     """Puts models in evaluation mode without gradients, and every module back as it was."""
     import torch
 
+    with evaluating(*models), torch.inference_mode():
+        yield
+
+
+@contextmanager
+def evaluating(*models: nn.Module) -> Iterator[None]:
+    """Puts models in evaluation mode, and every module back as it was."""
     # Module by module: a frozen part may be in evaluation mode inside a model that is training.
     modes = [(module, module.training) for model in models for module in model.modules()]
     try:
         for model in models:
             model.eval()
-        with torch.inference_mode():
-            yield
+        yield
     finally:
         for module, training in modes:
             module.training = training

@@ -15,9 +15,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field, TypeAdapter, ValidationError
 
 from hfcompress.errors import CheckpointError
+from hfcompress.evaluation.attacks import Attack
 from hfcompress.evaluation.comparison import Comparison
 from hfcompress.evaluation.cost import Speed
 from hfcompress.evaluation.curves import Training
+from hfcompress.evaluation.explanations import Explanations
 from hfcompress.evaluation.layers import LayerCost
 from hfcompress.evaluation.metrics import retention
 from hfcompress.evaluation.records import STRICT, Count, Figure, plain
@@ -89,6 +91,8 @@ class Report:
         robustness: What both score on changed texts, where the recipe asks for it.
         layers: What each linear layer takes, in the original and in the result; empty where it was not measured.
         seeds: What all seeds come to, or None where the recipe names one alone.
+        explanations: How far the result's reasons are the original's, or None where the recipe does not ask.
+        attack: How both withstood an attack, or None where the recipe does not ask.
     """
 
     __pydantic_config__ = STRICT
@@ -108,6 +112,8 @@ class Report:
     robustness: tuple[Robustness, ...] = ()
     layers: tuple[LayerCost, ...] = ()
     seeds: Seeds | None = None
+    explanations: Explanations | None = None
+    attack: Attack | None = None
 
     @property
     def compression(self) -> float:

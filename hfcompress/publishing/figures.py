@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hfcompress.evaluation.comparison import Difference
 from hfcompress.evaluation.cost import Speed
+from hfcompress.evaluation.glue_average import TASKS, glue_average
 from hfcompress.evaluation.layers import LayerCost
 from hfcompress.evaluation.report import Report, Row
 from hfcompress.evaluation.seeds import Spread
 from hfcompress.evaluation.usage import LINEAR, QUANTIZED, REST, Usage
 from hfcompress.publishing.markup import number, size
 from hfcompress.tasks import kind_of, task_of
+from hfcompress.tasks.catalog import GLUE_DATASET
 
 _MOST_CLASSES = 20
 _KEPT = 0.95  # of a promised speed-up
-ABOUT_ROBUSTNESS = "With slips of the keyboard, and in capitals"
 ABOUT_GRID = "The median time of a pass, the two timed by turns, and the speed-up with its 95% interval."
 
 
@@ -121,6 +123,21 @@ def about_seeds(report: Report) -> str:
     )
 
 
+def glue(reports: Sequence[Report]) -> str:
+    """Says what results of several GLUE tasks, one each, come to on average; nothing where they are not that."""
+    names = [report.task for report in reports]
+    ours = all(task_of(report.task, report.recipe).dataset == GLUE_DATASET for report in reports)
+    if not ours or len(names) < 2 or len(names) != len(set(names)):
+        return ""
+    (before, tasks), (after, _) = (
+        glue_average({report.task: report.rows[place].metrics for report in reports}) for place in (0, -1)
+    )
+    return (
+        f"The GLUE average over {len(tasks)} of its {len(TASKS)} tasks ({', '.join(tasks)}): {number(after)}, of the "
+        f"originals {number(before)}. A task of several metrics counts by their mean."
+    )
+
+
 def not_again(report: Report) -> str:
     """Says which figures are not measured again, but held to what the run wrote, by a digest."""
     said = ["what a step took", "memory, loading times and where the time of a pass goes"]
@@ -130,6 +147,8 @@ def not_again(report: Report) -> str:
         said.append("times of single layers")
     if report.robustness:
         said.append("the original's figures on changed texts")
+    if report.explanations or report.attack:
+        said.append("what explains the original's answers, or fools it (figures are computed again from what was kept)")
     if report.seeds is not None:
         said.append("checkpoints of the seeds after the first (their figures are computed again from their answers)")
     return f"Not measured again, but compared with what the run wrote: {'; '.join(said)}."
@@ -193,18 +212,6 @@ def groups(report: Report) -> Table | None:
     return Table(head=("group", "examples", report.rows[0].name, *(row.name for row in compared)), rows=tuple(rows))
 
 
-def robustness(report: Report) -> Table | None:
-    """Returns what the original and the result score on changed texts, or None where it was not asked for."""
-    if not report.robustness:
-        return None
-    names = (report.rows[0].name, report.rows[-1].name)
-    rows = [("none", *(number(row.metrics.get(report.metric, math.nan)) for row in (report.rows[0], report.rows[-1])))]
-    for each in report.robustness:
-        values = (scores.get(report.metric, math.nan) for scores in (each.original, each.compressed))
-        rows.append((each.change, *(number(value) for value in values)))
-    return Table(head=("change of the texts", *(f"{report.metric} of {name}" for name in names)), rows=tuple(rows))
-
-
 def costs(report: Report) -> Table | None:
     """Returns what a pass of each model takes, or None where it was not measured."""
     if not any(row.usage for row in report.rows):
@@ -222,7 +229,20 @@ def costs(report: Report) -> Table | None:
         times = "1.00x" if row is report.rows[0] else speed_up(row)
         held, loading = size(use.memory), milliseconds(use.load_seconds)
         rows.append((row.name, operations(use.operations), fewer, times, held, loading, *parts))
-    return Table(head=head, rows=tuple(rows))
+    return _with_energy(report, Table(head=head, rows=tuple(rows)))
+
+
+def _with_energy(report: Report, table: Table) -> Table:
+    """Adds what a pass takes of energy, where the machine counted it."""
+    joules = [row.speed.compressed_joules if row.speed else None for row in report.rows]
+    counted = [row.speed.original_joules for row in report.rows if row.speed and row.speed.original_joules is not None]
+    if not counted:
+        return table
+    joules[0] = counted[-1]
+    cells = [number(math.nan if each is None else each, ".3f", " J") for each in joules]
+    place = table.head.index("loading")
+    rows = tuple((*row[:place], cell, *row[place:]) for row, cell in zip(table.rows, cells, strict=True))
+    return Table(head=(*table.head[:place], "energy of the processor", *table.head[place:]), rows=rows)
 
 
 def grid(report: Report) -> Table | None:

@@ -47,6 +47,14 @@ class EvaluationConfig(Config):
     robustness: tuple[Literal["typos", "case"], ...] = Field(
         default=(), description="changes of the texts on which the original and the result are measured too"
     )
+    explanations: Literal["captum", "shap"] | None = Field(
+        default=None, description="what explains answers, to tell whether the result has the original's reasons"
+    )
+    explanation_examples: int = Field(default=32, ge=1, le=10_000, description="rows whose answers are explained")
+    attack: Literal["deepwordbug", "pruthi"] | None = Field(
+        default=None, description="TextAttack's recipe by which the original and the result are attacked"
+    )
+    attack_examples: int = Field(default=32, ge=1, le=10_000, description="rows that are attacked")
     metrics: tuple[str, ...] = Field(
         default=(), description="metrics besides the task's, by the names that `evaluate` and hfcompress know them by"
     )

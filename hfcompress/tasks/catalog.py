@@ -20,9 +20,10 @@ def _glue(
     *,
     evaluation_split: str = "validation",
     training_split: str | None = "train",
+    known_as: str = "",
 ) -> Task:
     return Task(
-        name=name,
+        name=known_as or name,
         kind="classification" if labels else "regression",
         columns=columns,
         label="label",
@@ -48,6 +49,8 @@ _TASKS = (
     _glue("qqp", ("question1", "question2"), ("not_duplicate", "duplicate"), ("accuracy", "f1")),
     _glue("stsb", _SENTENCES, (), ("pearson", "spearmanr")),
     _glue("mnli", ("premise", "hypothesis"), _NLI, evaluation_split="validation_matched"),
+    # The same task, judged on texts of kinds that are not in its training data.
+    _glue("mnli", ("premise", "hypothesis"), _NLI, evaluation_split="validation_mismatched", known_as="mnli-mm"),
     _glue("qnli", ("question", "sentence"), _RTE),
     _glue("rte", _SENTENCES, _RTE),
     _glue("wnli", _SENTENCES, ("not_entailment", "entailment")),

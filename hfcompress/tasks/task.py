@@ -15,6 +15,7 @@ KindName = Literal[
     "image_classification",
     "summarization",
     "speech_recognition",
+    "speech_to_text",
 ]
 
 

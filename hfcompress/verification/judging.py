@@ -17,6 +17,7 @@ from hfcompress.verification.checks import ALIKE, EXACT, Check, agreement, alike
 from hfcompress.verification.documents import documents, text_of
 from hfcompress.verification.measuring import Measured
 from hfcompress.verification.timing import timings
+from hfcompress.verification.trials import attack_holds, explanations_hold
 
 
 def judge(directory: Path, measured: Measured) -> list[Check]:
@@ -30,6 +31,9 @@ def judge(directory: Path, measured: Measured) -> list[Check]:
         checks += _kept(report, book, measured)
     else:
         checks.append(Check(figure=PREDICTIONS, state="fails", said="it is missing, and with it what the run answered"))
+    if book is not None:
+        checks += explanations_hold(report, book, *measured.explained)
+        checks += attack_holds(report, book, *measured.attacked)
     checks += timings(report, measured)
     checks += _told_twice(report)
     checks += documents(directory, report)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from hfcompress.errors import HFCompressError
+from hfcompress.evaluation.attacks import Attempt
 from hfcompress.evaluation.cost import Speed, cost_inputs, measure_speed
 from hfcompress.evaluation.groups import group_labels
 from hfcompress.evaluation.layers import Counted, count_layers
@@ -22,6 +23,7 @@ from hfcompress.material import find_model
 from hfcompress.modeling.measure import count_parameters, weight_bytes
 from hfcompress.publishing.model_card import read_report
 from hfcompress.tasks import kind_of, load_data, preprocess, task_of
+from hfcompress.verification.trials import attack_again, explain_again
 
 if TYPE_CHECKING:
     import torch
@@ -48,6 +50,8 @@ class Measured:
         environment: Where this was measured.
         groups: Each example's group, by the columns that the report's recipe names.
         robustness: The checkpoint's metrics on changed texts, by change.
+        explained: What words count for in the checkpoint, or None, and why.
+        attacked: What an attack on the checkpoint comes to, or None, and why.
     """
 
     quality: Quality
@@ -65,6 +69,8 @@ class Measured:
     original_layers: dict[str, Counted] = field(default_factory=dict)
     groups: dict[str, list[str]] = field(default_factory=dict)
     robustness: dict[str, dict[str, float]] = field(default_factory=dict)
+    explained: tuple[list[list[float]] | None, str] = (None, "")
+    attacked: tuple[list[Attempt] | None, str] = (None, "")
 
 
 def measure_again(
@@ -90,6 +96,8 @@ def measure_again(
         # The batch of the run, whose tokens both models know: a step may have made the vocabulary smaller.
         inputs_of = partial(cost_inputs, kind, [each for each in (first, model) if each is not None])
         inputs = inputs_of(speed_batch, length)
+        tried = (report, model, rows, task, tokenizer)
+        how = {"max_length": cut, "batch_size": batch}
         return Measured(
             quality=quality,
             split=task.evaluation_split,
@@ -106,12 +114,12 @@ def measure_again(
             environment=describe_environment(),
             groups=group_labels(rows, settings.get("groups") or ()),
             robustness={
-                each.change: evaluate_changed(
-                    model, rows, task, tokenizer, each.change, max_length=cut, batch_size=batch
-                ).metrics
+                each.change: evaluate_changed(model, rows, task, tokenizer, each.change, **how).metrics
                 for each in report.robustness
                 if each.change in CHANGES
             },
+            explained=explain_again(directory, *tried, **how),
+            attacked=attack_again(*tried, **how),
         )
 
 

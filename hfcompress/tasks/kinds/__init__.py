@@ -12,6 +12,7 @@ from hfcompress.tasks.kinds.image_classification import ImageClassification
 from hfcompress.tasks.kinds.masked_lm import MaskedLM
 from hfcompress.tasks.kinds.question_answering import QuestionAnswering
 from hfcompress.tasks.kinds.speech_recognition import SpeechRecognition
+from hfcompress.tasks.kinds.speech_to_text import SpeechToText
 from hfcompress.tasks.kinds.summarization import Summarization
 from hfcompress.tasks.kinds.token_classification import TokenClassification
 from hfcompress.tasks.task import Task
@@ -28,6 +29,7 @@ _KINDS = (
     ImageClassification(),
     Summarization(),
     SpeechRecognition(),
+    SpeechToText(),
 )
 
 KINDS: Mapping[str, Kind] = MappingProxyType({kind.name: kind for kind in _KINDS})
