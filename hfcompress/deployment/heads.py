@@ -29,6 +29,8 @@ class Head:
         outputs: The fields of the model's output that the graph returns, in order.
         reads: What enters the model.
         writes: Whether a decoder writes another text, of which what is there already enters too.
+        fewest: Tokens that every row has: some families split the outputs of a question in a way that is traced
+            apart for fewer.
     """
 
     suffix: str
@@ -37,6 +39,7 @@ class Head:
     outputs: tuple[str, ...] = ("logits",)
     reads: Reads = "text"
     writes: bool = False
+    fewest: int = 1
 
     @property
     def inputs(self) -> tuple[str, ...]:
@@ -63,6 +66,7 @@ HEADS = (
         task="question-answering",
         auto_class="AutoModelForQuestionAnswering",
         outputs=("start_logits", "end_logits"),
+        fewest=4,
     ),
     Head(suffix="ForMaskedLM", task="fill-mask", auto_class="AutoModelForMaskedLM"),
     Head(suffix="ForCausalLM", task="text-generation", auto_class="AutoModelForCausalLM"),
@@ -133,4 +137,6 @@ def _loads(head: Head, config: Any, named: str) -> bool:
 
     found = getattr(transformers, head.auto_class)._model_mapping.get(type(config), None)
     listed = found if isinstance(found, tuple) else () if found is None else (found,)
+    if head.reads == "text" and hasattr(config, "num_mel_bins"):
+        return False  # Whisper's decoder alone, which has nothing to listen to
     return any(each.__name__ == named and each.main_input_name == head.inputs[0] for each in listed)

@@ -158,8 +158,8 @@ def example(source: Source, rows: int, tokens: int, seed: int = 0) -> dict[str, 
     Args:
         source: What they are for.
         rows: How many.
-        tokens: In a row, at most as many as the model takes; of sounds moments that it says something of; of images
-            nothing.
+        tokens: In a row, as many as the model takes at most and at least; of sounds moments that it says something
+            of; of images nothing.
         seed: Of the numbers.
 
     Returns:
@@ -169,12 +169,13 @@ def example(source: Source, rows: int, tokens: int, seed: int = 0) -> dict[str, 
     """
     generator = torch.Generator().manual_seed(seed)
     config = cast(Any, source.model.config)
-    tokens = min(tokens, source.max_length or tokens)
+    tokens = max(min(tokens, source.max_length or tokens), source.head.fewest)
     if source.head.reads == "text":
         values = _texts(source, rows, tokens, generator)
     else:
         values = {source.inputs[0]: torch.randn(rows, *_sizes(source, tokens), generator=generator)}
-    values[WRITTEN] = torch.randint(0, config.vocab_size, (rows, tokens // 2 + 1), generator=generator)
+    if source.head.writes:
+        values[WRITTEN] = torch.randint(0, config.vocab_size, (rows, tokens // 2 + 1), generator=generator)
     return {name: values[name] for name in source.inputs}
 
 
@@ -242,7 +243,8 @@ def _dynamic(source: Source) -> tuple[dict[int, Any], ...]:
     batch = torch.export.Dim("batch", min=1)
     length: dict[str, Any] = {}
     if source.head.reads == "text":
-        length = dict.fromkeys(source.inputs, torch.export.Dim("sequence", min=1, max=source.max_length))
+        any_length = torch.export.Dim("sequence", min=source.head.fewest, max=source.max_length)
+        length = dict.fromkeys(source.inputs, any_length)
     if source.head.writes:
         length[WRITTEN] = torch.export.Dim("written", min=1, max=source.max_length)
     if source.head.reads == "sounds":

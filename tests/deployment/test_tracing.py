@@ -92,6 +92,7 @@ def test_code_that_depends_on_values_is_refused(tmp_path: Path) -> None:
         ("vit", "", "heads that can: "),
         ("wav2vec2", "XVector", "heads that can: "),
         ("wav2vec2", "PreTraining", "heads that can: "),
+        ("whisper", "CausalLM", "heads that can: "),
         ("bart", "", "reads one text and writes another"),
     ],
 )
