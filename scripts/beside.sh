@@ -3,6 +3,7 @@
 #     bash scripts/beside.sh explain -m pytest tests/evaluation/test_explanations.py
 #     bash scripts/beside.sh attack hfcompress_cli.py run recipes/attack.yaml
 #     bash scripts/beside.sh trackers -m pytest tests/methods/test_tracking.py
+#     bash scripts/beside.sh torchao -m pytest tests/modeling/test_torchao.py
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
 case "${1:-}" in
@@ -25,8 +26,12 @@ case "${1:-}" in
             trackio brotli gradio-client httpcore httpx orjson 'pillow<13' python-multipart starlette uvicorn
         )
         ;;
+    torchao)
+        # With it every import of transformers takes seconds longer and prints warnings.
+        packages=("$(grep '^torchao==' scripts/constraints.txt)")
+        ;;
     *)
-        fail "the first argument is explain, attack or trackers"
+        fail "the first argument is explain, attack, trackers or torchao"
         ;;
 esac
 beside=.venv/beside/$1

@@ -1,6 +1,6 @@
 """Runs the matrix of families, heads and methods, and writes docs/matrix.md when every cell is as it should be.
 
-    bash scripts/with_torchao.sh scripts/matrix.py [--family NAME ...] [--without-uses]
+    bash scripts/beside.sh torchao scripts/matrix.py [--family NAME ...] [--without-uses]
 
 Each family's cells are made and saved here, then loaded and compared in a process of their own. The page is written
 only by a whole run.

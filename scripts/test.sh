@@ -17,7 +17,7 @@ fi
 "$python" -m ruff format --check .
 "$python" -m pyright
 "$python" -m pytest -n 2 -q "${selection[@]}" "$@"
-bash scripts/with_torchao.sh -m pytest -q "${selection[@]}" tests/modeling/test_torchao.py tests/matrix -k torchao
+bash scripts/beside.sh torchao -m pytest -q "${selection[@]}" tests/modeling/test_torchao.py tests/matrix -k torchao
 if [[ ${#selection[@]} -gt 0 ]]; then
     # The engines of the exports live in an environment of their own; .venv skips their tests.
     bash scripts/environment_export.sh -m pytest -q "${selection[@]}" tests/deployment tests/test_runtime.py \

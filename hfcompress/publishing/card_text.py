@@ -150,8 +150,8 @@ def _conditions(report: Report) -> str:
     speed = speeds[-1]
     return (
         "Speed-up is the original's median time / this model's, with its 95% interval, the two timed by "
-        f"turns in one run: batch {speed.batch_size}, {figures.length(speed)}{speed.threads} "
-        f"threads, {speed.repeats} passes each. Machine: {machine}."
+        f"turns in one run: batch {speed.batch_size}, {figures.length(speed)}"
+        f"{figures.threads(speed)}, {speed.repeats} passes each. Machine: {machine}."
     )
 
 

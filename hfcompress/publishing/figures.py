@@ -63,6 +63,11 @@ def length(speed: Speed) -> str:
     return f"{speed.sequence_length} tokens, " if speed.sequence_length else ""
 
 
+def threads(speed: Speed) -> str:
+    """Returns on how many threads something was timed."""
+    return f"{speed.threads} thread" if speed.threads == 1 else f"{speed.threads} threads"
+
+
 def speed_up(row: Row) -> str:
     """Returns a row's speed-up with its interval."""
     if row.speed is None:

@@ -357,7 +357,7 @@ def _conditions(report: Report) -> str:
         speed = speeds[-1]
         told = (
             "Speed-up is the original's median time / the model's, with its 95% interval, the two timed by turns in "
-            f"one run: batch {speed.batch_size}, {figures.length(speed)}{speed.threads} threads, "
+            f"one run: batch {speed.batch_size}, {figures.length(speed)}{figures.threads(speed)}, "
             f"{speed.repeats} passes each."
         )
     again = f"hfcompress verify, on this folder, measures again and says what holds. {figures.not_again(report)}"

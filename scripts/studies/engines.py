@@ -1,6 +1,6 @@
 """Every way to run a model in fewer bits, side by side: PyTorch, ONNX Runtime, OpenVINO, and each engine by hand.
 
-    bash scripts/with_torchao.sh --version; export PYTHONPATH=.venv/beside/torchao  # torchao, beside the engines
+    bash scripts/beside.sh torchao --version; export PYTHONPATH=.venv/beside/torchao  # torchao, beside the engines
     bash scripts/environment_export.sh -m scripts.studies.engines make              # exports and compresses
     bash scripts/environment_export.sh -m scripts.studies.engines judge WIKITEXT    # quality
     bash scripts/environment_export.sh -m scripts.studies.engines measure           # time and memory; 40 quiet minutes

@@ -54,7 +54,7 @@ METHODS: dict[str, Callable[[PreTrainedModel], Sequence[Config]]] = {
     "unstructured": lambda model: [UnstructuredPruningConfig(sparsity=0.5)],
     "chain": _chain,
 }
-# torchao stands beside .venv (scripts/with_torchao.sh), and scripts/test.sh runs its cells there.
+# torchao stands beside .venv (scripts/beside.sh torchao), and scripts/test.sh runs its cells there.
 HERE = [method for method in METHODS if method != "torchao" or find_spec("torchao")]
 # Where the stock config says all there is to say, an ordinary checkpoint is written.
 STOCK = ("layers", "vocabulary", "unstructured")
