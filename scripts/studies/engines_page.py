@@ -175,7 +175,7 @@ def _lost(rows: Rows, case: str, form: Form) -> str:
     found = [rows.get(f"{case}|{name}|quality") for name in names]
     if None in found:
         return ""
-    metric = next(iter(found[0]))
+    metric = "perplexity" if "perplexity" in found[0] else next(iter(found[0]))
     base, ours, others = (each[metric] for each in found)
     if metric == "perplexity":
         return f"{ours - base:+.2f}, {others - base:+.2f}"
