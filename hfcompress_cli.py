@@ -234,6 +234,9 @@ def version() -> None:
 
 def main() -> None:
     """Runs the command line."""
+    # Read when torch is loaded. `verify` must wait as `run` did, or small layers seem faster or slower than they were;
+    # and threads that spin while they wait slow whatever shares the cores.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         app()
     except KeyboardInterrupt:

@@ -169,6 +169,9 @@ def _mark(point: Point, x: Callable[[float], float], y: Callable[[float], float]
 # Maps of what is left
 
 
+Cell = tuple[str, float] | None
+
+
 @dataclass(frozen=True, kw_only=True)
 class Map:
     """What is left of each layer after one method.
@@ -206,27 +209,46 @@ def maps(row: Row) -> list[Map]:
 def sensitivities(row: Row) -> list[Map]:
     """Finds in a step's findings what each part loses in each kind: `sensitivity: {part: {kind: loss}}`.
 
-    A cell's share is where its loss lies between the least and the greatest of them, by their logarithms.
+    A cell's share is where its loss lies between the least and the greatest of them, by their logarithms. Kinds that
+    are ranks differ from part to part: a column then has the largest of each, and so on.
     """
     found = []
     for method, findings in row.findings.items():
         measured = findings.get("sensitivity") if isinstance(findings, Mapping) else None
         if not isinstance(measured, Mapping) or not measured:
             continue
-        parts = {str(part): kinds for part, kinds in measured.items() if isinstance(kinds, Mapping)}
-        columns = tuple(dict.fromkeys(str(kind) for kinds in parts.values() for kind in kinds))
+        # A report in memory has numbers where one that was read has texts.
+        parts = {
+            str(part): {str(kind): loss for kind, loss in kinds.items()}
+            for part, kinds in measured.items()
+            if isinstance(kinds, Mapping)
+        }
+        if not parts:
+            continue
+        columns = tuple(dict.fromkeys(kind for kinds in parts.values() for kind in kinds))
+        ranks = all(kind.isdigit() for kind in columns)
         sizes = [math.log(loss) for kinds in parts.values() for loss in kinds.values() if loss > 0]
         least, most = min(sizes, default=0.0), max(sizes, default=0.0)
 
-        def cell(loss: float | None, least: float = least, most: float = most) -> tuple[str, float] | None:
+        def cell(loss: float | None, of: str = "", least: float = least, most: float = most) -> Cell:
             if loss is None:
                 return None
             share = (math.log(loss) - least) / (most - least) if loss > 0 and most > least else 0.0
-            return f"{loss:.2g}", share
+            return f"{of}{loss:.2g}", share
 
-        rows = tuple((part, tuple(cell(kinds.get(kind)) for kind in columns)) for part, kinds in parts.items())
+        if ranks:
+            count = max(map(len, parts.values()))
+            columns = ("largest rank", *["smaller"] * (count - 2), "smallest")[:count]
+            rows = tuple((part, _by_rank(kinds, count, cell)) for part, kinds in parts.items())
+        else:
+            rows = tuple((part, tuple(cell(kinds.get(kind)) for kind in columns)) for part, kinds in parts.items())
         found.append(Map(title=f"{row.name}: {method}", columns=columns, rows=rows))
     return found
+
+
+def _by_rank(kinds: Mapping[str, float], count: int, cell: Callable[[float | None, str], Cell]) -> tuple[Cell, ...]:
+    made = [cell(kinds[rank], f"{rank}: ") for rank in sorted(kinds, key=int, reverse=True)]
+    return (*made, *[None] * (count - len(made)))
 
 
 def _map(title: str, left: Mapping[str, Mapping[str, tuple[str, float]]]) -> Map:

@@ -294,8 +294,9 @@ def _sensitivities(report: Report) -> str:
     if not found:
         return ""
     told = (
-        "<p>How far the outputs move on the calibration data when one part alone is quantized: the mean "
-        "Kullback-Leibler divergence, or of numbers the mean squared difference. The stronger the colour, the more.</p>"
+        "<p>How far the outputs move on the calibration data when one part alone is quantized, or factorised to a "
+        "rank: the mean Kullback-Leibler divergence, or of numbers the mean squared difference. The stronger the "
+        "colour, the more.</p>"
     )
     return _section("What each part loses", told + f'<div class="maps">{"".join(map(_map, found))}</div>')
 

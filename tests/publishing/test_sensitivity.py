@@ -29,3 +29,14 @@ def test_losses_are_shaded_by_their_logarithms(report: Report) -> None:
     page = page_of_report(replace(report, rows=(*report.rows[:-1], row)))
     assert "What each part loses" in page and "embeddings.&lt;b&gt;" in page and "embeddings.<b>" not in page
     assert "What each part loses" not in page_of_report(report)
+
+
+def test_ranks_stand_in_order_and_are_read_back_as_they_were(report: Report) -> None:
+    found = {"sensitivity": {"layer.0": {32: 1e-2, 112: 1e-6, 72: 1e-4}, "layer.1": {8: 1e-3, 104: 1e-5}}}
+    row = replace(report.rows[-1], findings={"low_rank": found})
+    (drawn,) = sensitivities(row)
+    assert drawn.columns == ("largest rank", "smaller", "smallest")
+    cells = [[cell and cell[0] for cell in cells] for _, cells in drawn.rows]
+    assert cells == [["112: 1e-06", "72: 0.0001", "32: 0.01"], ["104: 1e-05", "8: 0.001", None]]
+    whole = replace(report, rows=(*report.rows[:-1], row))
+    assert page_of_report(Report.from_json(whole.to_json())) == page_of_report(whole)
