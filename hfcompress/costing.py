@@ -150,41 +150,44 @@ class Costing:
             rows: The evaluation split.
             answers: The original's answers to it.
         """
-        asked, file = self._asked, last.folder / EXPLANATIONS
-        if asked.explanations is None:
+        library, count = self._asked.explanations, self._asked.explanation_examples
+        if library is None:
             return None
-        places = spread_rows(asked.explanation_examples, len(rows))
-        key = key_of(first.key, last.key, asked.explanations, places)
-        known = read_json(file)
-        if not known or known["key"] != key:
-            chosen, found = rows.select(places, keep_in_memory=True), []
-            for each in (first, last):
-                logger.info("explaining answers of %s by %s", each.name, asked.explanations)
-                model, tokenizer = self._kind.load(each.checkpoint), self._tokenizer_of(each.checkpoint)
-                said, how = [answers[place] for place in places], self._reading()
-                found.append(explain(model, chosen, self._task, tokenizer, asked.explanations, said, **how))
-            known = {"key": key, "original": found[0], "compressed": found[1]}
-            write_json(file, known)
-        return Explained(original=known["original"], compressed=known["compressed"])
+        said = [answers[place] for place in spread_rows(count, len(rows))]
+        logger.info("explaining answers by %s", library)
+        explained = partial(explain, library=library, answers=said)
+        tried = self._of_both(first, last, EXPLANATIONS, library, rows, count, explained)
+        return Explained(original=tried[0], compressed=tried[1])
 
     def attack(self, first: Done, last: Done, rows: Dataset) -> Attempts | None:
         """Attacks the original and the result on rows of the evaluation split, where the recipe asks for it."""
-        asked, file = self._asked, last.folder / ATTACK
-        if asked.attack is None:
+        name, count = self._asked.attack, self._asked.attack_examples
+        if name is None:
             return None
-        places = spread_rows(asked.attack_examples, len(rows))
-        key = key_of(first.key, last.key, asked.attack, places)
-        known = read_json(file)
+        logger.info("attacking by %s", name)
+
+        def attacked(*given: Any, **how: Any) -> list[dict[str, Any]]:
+            return [asdict(attempt) for attempt in partial(attack_model, name=name)(*given, **how)]
+
+        tried = self._of_both(first, last, ATTACK, name, rows, count, attacked)
+        before, after = ([Attempt(**each) for each in attempts] for attempts in tried)
+        return Attempts(original=before, compressed=after)
+
+    def _of_both(
+        self, first: Done, last: Done, file: str, how: str, rows: Dataset, count: int, find_out: Callable[..., Any]
+    ) -> list[Any]:
+        """Finds something out about the original and the result on rows from all over a split, or reads it back."""
+        places = spread_rows(count, len(rows))
+        key = key_of(first.key, last.key, how, places)
+        known = read_json(last.folder / file)
         if not known or known["key"] != key:
             chosen, found = rows.select(places, keep_in_memory=True), []
             for each in (first, last):
-                logger.info("attacking %s by %s", each.name, asked.attack)
                 model, tokenizer = self._kind.load(each.checkpoint), self._tokenizer_of(each.checkpoint)
-                found.append(attack_model(model, chosen, self._task, tokenizer, asked.attack, **self._reading()))
-            known = {"key": key, "tried": [[asdict(attempt) for attempt in each] for each in found]}
-            write_json(file, known)
-        before, after = ([Attempt(**each) for each in attempts] for attempts in known["tried"])
-        return Attempts(original=before, compressed=after)
+                found.append(find_out(model, chosen, self._task, tokenizer, **self._reading()))
+            known = {"key": key, "found": found}
+            write_json(last.folder / file, known)
+        return known["found"]
 
     def _reading(self) -> dict[str, int]:
         return {"max_length": self._max_length, "batch_size": self._asked.batch_size}
