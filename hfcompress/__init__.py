@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from hfcompress.methods.quantization import QLoRAConfig, QuantizationConfig
     from hfcompress.methods.quantization_aware import QuantizationAwareConfig
     from hfcompress.methods.structured_pruning import StructuredPruningConfig
+    from hfcompress.methods.student import StudentConfig
     from hfcompress.methods.teaching.transfer import transfer_set
     from hfcompress.methods.trainer import DistillationTrainer, PruningTrainer
     from hfcompress.methods.training import TrainingConfig
@@ -44,6 +45,7 @@ _HOMES = {
     "UnstructuredPruningConfig": "hfcompress.methods.unstructured_pruning",
     "VocabularyConfig": "hfcompress.methods.vocabulary",
     "StructuredPruningConfig": "hfcompress.methods.structured_pruning",
+    "StudentConfig": "hfcompress.methods.student",
     "WidthPruningConfig": "hfcompress.methods.width_pruning",
     "DistillationTrainer": "hfcompress.methods.trainer",
     "PruningTrainer": "hfcompress.methods.trainer",
@@ -64,6 +66,7 @@ __all__ = [
     "QuantizationAwareConfig",
     "QuantizationConfig",
     "StructuredPruningConfig",
+    "StudentConfig",
     "TrainingConfig",
     "UnstructuredPruningConfig",
     "VocabularyConfig",

@@ -14,6 +14,7 @@ from hfcompress import (
     QuantizationAwareConfig,
     QuantizationConfig,
     StructuredPruningConfig,
+    StudentConfig,
     UnstructuredPruningConfig,
     compress,
 )
@@ -41,6 +42,7 @@ SMALL = {
 AT_ONCE: dict[str, Config] = {
     "structured_pruning": StructuredPruningConfig(heads=0.4, neurons=0.3),
     "layer_dropping": LayerDroppingConfig(drop=1),
+    "student": StudentConfig(sizes={"hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 1}),
     "unstructured_pruning": UnstructuredPruningConfig(sparsity=0.5),
     "low_rank": LowRankConfig(keep=0.6),
     "quantization_aware": QuantizationAwareConfig(attention="ternary", ffn="packed-2"),

@@ -19,6 +19,7 @@ from hfcompress.methods import (  # noqa: F401
     quantization,
     quantization_aware,
     structured_pruning,
+    student,
     unstructured_pruning,
     vocabulary,
     width_pruning,

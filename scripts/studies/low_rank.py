@@ -33,7 +33,8 @@ from hfcompress.methods.low_rank import low_rank
 from hfcompress.methods.low_rank.method import Knowledge, float_layers, learn
 from hfcompress.methods.registry import Context
 from hfcompress.modeling.anatomy import base_model, modules_of
-from scripts.studies.material import results_file
+from hfcompress.modeling.checkpoint import save
+from scripts.studies.material import results_file, study_root
 
 RESULTS = results_file("low_rank.jsonl")
 PICTURE = RESULTS.with_suffix(".png")
@@ -238,6 +239,16 @@ def train(model: Any, blocks: Blocks, seconds: float, seed: int) -> int:
     return step
 
 
+def factorized_once(material: Material, arm: str, removed: float, statistics: Statistics) -> Any:
+    """Returns the model with an arm's factors, which are made once and serve every seed."""
+    folder = study_root() / "low_rank" / f"{arm.replace(', ', '-')}-{removed}-{len(statistics.batches)}"
+    if not folder.exists():
+        save(factorized(material, config_of(arm, removed), statistics), folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    model.config.use_cache = False
+    return model
+
+
 def recover(asked: argparse.Namespace) -> None:
     """Trains the original and factorised models alike, and measures them.
 
@@ -254,8 +265,7 @@ def recover(asked: argparse.Namespace) -> None:
             point |= {"removed": removed, "seconds": asked.seconds, "seed": seed}
             if not pending(read(), point):
                 continue
-            whole = arm == "original"
-            model = material.load() if whole else factorized(material, config_of(arm, removed), statistics)
+            model = material.load() if arm == "original" else factorized_once(material, arm, removed, statistics)
             steps = train(model, material.training, asked.seconds, seed)
             found = perplexity(model.to(torch.bfloat16), blocks)
             bases = [row for row in read() if not pending([row], point | {"arm": "original", "removed": 0.0})]
