@@ -15,7 +15,7 @@ import torch
 from hfcompress.evaluation.comparison import Answers
 from hfcompress.evaluation.curves import EVALUATED, Training, training_of
 from hfcompress.evaluation.quality import evaluate_quality
-from hfcompress.material import Cut, Material
+from hfcompress.material import UNLABELLED, Cut, Material
 from hfcompress.methods.registry import Context, method_of
 from hfcompress.modeling.checkpoint import save
 from hfcompress.modeling.measure import count_parameters, weight_bytes
@@ -172,17 +172,20 @@ class Bench:
     def _in_training(
         self, model: PreTrainedModel, step: Step, folder: Path, teacher: Done | None, cut: Cut
     ) -> tuple[dict[str, Any], Training]:
+        from hfcompress.methods.teaching.transfer import transfer_set
         from hfcompress.methods.trainer import CompressionTrainer
         from hfcompress.methods.training import training_arguments
 
         assert step.training is not None
         taught = any(method_of(config).name == "distillation" for config in step.methods)
-        learned_from = self._load(teacher) if taught else None
-        tokens = self.material.teacher_tokens(cut) if taught else None
+        learned_from = [self._load(teacher), *map(self.kind.load, self.material.more_teachers)] if taught else None
+        tokens = self._teachers_tokens(cut) if taught else None
         context = Context(teacher=learned_from, teacher_tokens=tokens, cache_dir=self.cache)
         parts = [part(config, context) for config in step.methods if (part := method_of(config).part)]
         del learned_from, context  # with a cache the teacher is dropped as soon as it has spoken
         rows = self.material.labelled(model, cut.rows[self.material.training_split])
+        if taught and UNLABELLED in cut.rows:
+            rows = transfer_set(rows, cut.rows[UNLABELLED])
         arguments = training_arguments(step.training, folder, seed=self.seed, examples=len(rows), quiet=self.quiet)
         if self.kind.reads != "text":
             arguments.train_sampling_strategy = "random"  # rows have no lengths,
@@ -206,6 +209,11 @@ class Bench:
         names = [method_of(config).name for config in step.methods]
         findings = dict(zip(names, trainer.findings, strict=True))
         return findings, training_of(trainer.state.log_history, examples)
+
+    def _teachers_tokens(self, cut: Cut) -> list[Any]:
+        """Returns what each teacher reads; one that a step of the run made reads what the student reads."""
+        teachers = [self.material.teacher, *self.material.more_teachers]
+        return [self.material.teacher_tokens(each, cut) if each else None for each in teachers]
 
     def _watch(self, trainer: Trainer, model: PreTrainedModel, cut: Cut) -> int:
         """Lets a training measure itself for its curves; returns on how many rows."""

@@ -18,10 +18,15 @@ from hfcompress.recipe import Recipe
 from hfcompress.recipe.schema import is_local
 from hfcompress.run_folder import fingerprint, key_of, rows_digest
 from hfcompress.tasks import Task, align_labels, fetch_model, is_demo_model, kind_of, load_data, preprocess
+from hfcompress.tasks.data import read_splits
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
     from transformers import PreTrainedModel
+
+
+# Beside the splits of the task: what only a teacher has an answer to.
+UNLABELLED = "unlabelled"
 
 
 @dataclass(frozen=True)
@@ -57,20 +62,28 @@ class Material:
         self.training_split = _training_split(self.task)
         self.base = find_model(recipe.model, progress=progress)
         self.teacher = find_model(recipe.teacher, progress=progress) if recipe.teacher else None
+        self.more_teachers = [find_model(each, progress=progress) for each in recipe.more_teachers]
         self.data: DatasetDict = load_data(self.task, recipe.data_folder, progress=progress)
+        if recipe.unlabelled is not None:
+            self.data[UNLABELLED] = self._unlabelled(recipe.unlabelled)
         self._cuts: dict[str, Cut] = {}
         self.groups = self._groups()
-        if self.teacher is not None and not self._is_trained(self.teacher):
-            raise DataError(
-                f"teacher: {recipe.teacher} has no head that is trained for {self.task.name}",
-                hint="Fine-tune it first, by a recipe with one step of `training`, and name that run's folder.",
-            )
+        teachers = [("teacher", recipe.teacher, self.teacher)] if self.teacher else []
+        teachers += [("more_teachers", *each) for each in zip(recipe.more_teachers, self.more_teachers, strict=True)]
+        for field, name, folder in teachers:
+            if not self._is_trained(folder):
+                raise DataError(
+                    f"{field}: {name} has no head that is trained for {self.task.name}",
+                    hint="Fine-tune it first, by a recipe with one step of `training`, and name that run's folder.",
+                )
 
     def start(self, seed: int) -> str:
         """Returns the key of what the first step of a seed begins with."""
         # What is generated is said of tasks that generate alone.
         task = {name: value for name, value in asdict(self.task).items() if name != "generation" or value is not None}
-        taught = {"teacher": fingerprint(self.teacher)} if self.teacher else {}
+        taught: dict[str, Any] = {"teacher": fingerprint(self.teacher)} if self.teacher else {}
+        if self.more_teachers:
+            taught["more_teachers"] = [fingerprint(each) for each in self.more_teachers]
         return key_of({"model": self._digests[0], "task": task, "seed": seed} | taught, self._digests[1])
 
     @cached_property
@@ -97,10 +110,25 @@ class Material:
             length = self.recipe.max_length
             rows = {
                 split: preprocess(self.data[split], self.task, tokenizer, max_length=length, label2id=None)
-                for split in (self.training_split, self.task.evaluation_split)
+                for split in (self.training_split, self.task.evaluation_split, UNLABELLED)
+                if split in self.data
             }
             self._cuts[key] = Cut(tokenizer, rows)
         return self._cuts[key]
+
+    def _unlabelled(self, folder: str) -> Dataset:
+        """Reads rows without labels; where the kind wants the column it is there, and nobody reads it."""
+        if not (self.kind.labelled and self.kind.reads == "text" and self.kind.flips and self.task.label):
+            raise DataError("unlabelled: is for tasks in which each text has a class", hint="Leave `unlabelled` out.")
+        splits = read_splits(self.task, folder, progress=False)
+        if self.training_split not in splits:
+            raise DataError(f"unlabelled: {folder} has no split '{self.training_split}'")
+        rows = splits[self.training_split]
+        if missing := [name for name in self.task.columns if name not in rows.column_names]:
+            raise DataError(f"unlabelled: the rows of {folder} lack the column '{missing[0]}'")
+        labels = self.data[self.training_split].features[self.task.label]
+        rows = rows.select_columns(list(self.task.columns)).add_column(self.task.label, [0] * len(rows))  # type: ignore[call-arg]
+        return rows.cast_column(self.task.label, labels)
 
     def labelled(self, model: PreTrainedModel, rows: Dataset) -> Dataset:
         """Returns rows with the model's own label ids."""
@@ -142,20 +170,21 @@ class Material:
         config = AutoConfig.from_pretrained(checkpoint)
         return self.kind.has_head(config) and self.kind.head_fits(self.task, config)
 
-    def teacher_tokens(self, cut: Cut) -> Any:
-        """Returns what the teacher reads where its tokenizer is not the model's, or None.
+    def teacher_tokens(self, teacher: Path, cut: Cut) -> Any:
+        """Returns what a teacher reads where its tokenizer is not the model's, or None.
 
         Raises:
             DataError: The rows are not one text each.
         """
-        if self.teacher is None or self.kind.reads != "text":
+        if self.kind.reads != "text":
             return None
         from hfcompress.methods.distillation import OtherTokens
 
-        own = self.kind.load_processor(self.teacher)
+        own = self.kind.load_processor(teacher)
         if self.kind.processor_key(own) == self.kind.processor_key(cut.tokenizer):
             return None
-        texts = self.kind.sources(self.task, self.data[self.training_split])
+        splits = [self.training_split, UNLABELLED] if UNLABELLED in self.data else [self.training_split]
+        texts: Any = [text for split in splits for text in self.kind.sources(self.task, self.data[split])]
         return OtherTokens(texts, cut.tokenizer, own, self.recipe.max_length)
 
 

@@ -153,8 +153,10 @@ def _rows(task: Task, done: Sequence[Done], answers: Sequence[Answers], costing:
 def _published_recipe(recipe: Recipe) -> dict[str, Any]:
     """Returns the recipe without the folders of this machine."""
     values = recipe.to_dict()
-    for field in {"model", "teacher", "data"} & set(values):
-        values[field] = _without_folders(values[field], always=field == "data")
+    for field in {"model", "teacher", "data", "unlabelled"} & set(values):
+        values[field] = _without_folders(values[field], always=field in ("data", "unlabelled"))
+    if "more_teachers" in values:
+        values["more_teachers"] = [_without_folders(each) for each in values["more_teachers"]]
     if isinstance(values["task"], dict):
         values["task"] = values["task"] | {"data": _without_folders(values["task"]["data"])}
     return values

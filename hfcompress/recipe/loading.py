@@ -22,6 +22,7 @@ from hfcompress.recipe.schema import (
     Step,
     is_local,
     order_problems,
+    unheard_problems,
 )
 from hfcompress.tasks import TaskConfig, get_task, judged_by
 
@@ -121,6 +122,8 @@ class _Builder:
         evaluation = self._config(EvaluationConfig, values.get("evaluation"), ("evaluation",))
         push = self._config(PushConfig, values["push"], ("push",)) if "push" in values else None
         steps = self._steps(values)
+        for problem in unheard_problems(header, [step.outline() for step in steps]) if header else ():
+            self.document.complain(problem.path, problem.message)
         self._metrics(header, evaluation)
         if self.document.findings or header is None or evaluation is None:
             return None
@@ -158,15 +161,18 @@ class _Builder:
                 get_task(task)
             except DataError as error:
                 self.document.complain(("task",), " ".join(str(error).split()))
-        data = fields.get("data")
-        for field in ("model", "teacher"):
-            model = fields.get(field)
+        more = fields.get("more_teachers")
+        named = [("model", fields.get("model")), ("teacher", fields.get("teacher"))]
+        named += [("more_teachers", each) for each in (more if isinstance(more, tuple) else ())]
+        for field, model in named:
             if isinstance(model, str) and is_local(model) and not Path(model, "config.json").is_file():
                 self.document.complain((field,), f"the folder {model} is not there or holds no config.json")
             if isinstance(model, str) and is_demo_model(model) and model not in MODELS:
                 self.document.complain((field,), f"there is no such demo model; {suggest(model, MODELS)}")
-        if isinstance(data, str) and data and not Path(data).is_dir():
-            self.document.complain(("data",), f"there is no folder {data}")
+        for field in ("data", "unlabelled"):
+            folder = fields.get(field)
+            if isinstance(folder, str) and folder and not Path(folder).is_dir():
+                self.document.complain((field,), f"there is no folder {folder}")
 
     def _metrics(self, header: Header | None, evaluation: EvaluationConfig | None) -> None:
         """Checks the names of further metrics, which depend on the kind of task."""

@@ -149,8 +149,19 @@ class Header(Config):
         description="another model, fine-tuned for the task, named as `model` is: distilling steps learn from it, and "
         "all that is made is compared with it",
     )
+    more_teachers: tuple[str, ...] = Field(
+        default=(),
+        max_length=8,
+        description="further models that know the task, named as `model` is: distilling steps learn from them too, "
+        "each as much as `distillation.teacher_weights` says, that of the first teacher first",
+    )
     task: str | TaskConfig = Field(description="a known task such as sst2, or a description: kind, data, columns, ...")
     data: str | None = Field(default=None, description="a local folder with the task's data")
+    unlabelled: str | None = Field(
+        default=None,
+        description="a local folder laid out as that of `data`, for tasks with classes: distilling steps learn the "
+        "rows of its training split from the teacher alone; labels are not read and may be missing",
+    )
     seed: int = Field(default=42, ge=0, lt=2**32, description="makes runs repeatable")
     seeds: tuple[Annotated[int, Field(ge=0, lt=2**32)], ...] = Field(
         default=(),
@@ -190,7 +201,12 @@ class Header(Config):
             raise ValueError(f"should be {allowed}, not {model!r}")
         return model
 
-    @field_validator("data")
+    @field_validator("more_teachers")
+    @classmethod
+    def _are_models(cls, models: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(name for model in models if (name := cls._is_model(model)))
+
+    @field_validator("data", "unlabelled")
     @classmethod
     def _is_folder_name(cls, data: str | None) -> str | None:
         if data == "":
@@ -233,6 +249,12 @@ class Recipe(Header):
         return self
 
     @model_validator(mode="after")
+    def _somebody_learns(self) -> Recipe:
+        if problems := unheard_problems(self, [step.outline() for step in self.steps]):
+            raise ValueError("; ".join(str(problem) for problem in problems))
+        return self
+
+    @model_validator(mode="after")
     def _is_in_order(self) -> Recipe:
         if problems := order_problems([step.outline() for step in self.steps]):
             raise ValueError("; ".join(str(problem) for problem in problems))
@@ -240,7 +262,8 @@ class Recipe(Header):
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the recipe as plain JSON values, every default written out."""
-        unsaid = [field for field in ("seeds", "teacher", "data") if not getattr(self, field)]
+        optional = ("seeds", "teacher", "more_teachers", "data", "unlabelled")
+        unsaid = [field for field in optional if not getattr(self, field)]
         values = self.model_dump(mode="json", exclude={"steps", "push", *unsaid})
         if self.push is not None:
             values["push"] = self.push.model_dump(mode="json")
@@ -283,6 +306,14 @@ def order_problems(steps: Sequence[Outline]) -> list[Problem]:
         if any(method.quantizes for method in step.methods):
             quantized_by = quantized_by or step.name
     return problems
+
+
+def unheard_problems(header: Header, steps: Sequence[Outline]) -> list[Problem]:
+    """Returns which fields say something to steps that learn from a teacher, where there is none."""
+    if any(method.name == "distillation" for step in steps for method in step.methods):
+        return []
+    message = "no step learns from a teacher; add `distillation` to one, or leave the field out"
+    return [Problem((field,), message) for field in ("more_teachers", "unlabelled") if getattr(header, field)]
 
 
 def _mode_problems(step: Outline, path: tuple[str | int, ...]) -> list[Problem]:

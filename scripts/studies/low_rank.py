@@ -19,7 +19,7 @@ import json
 import math
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -160,8 +160,8 @@ def config_of(arm: str, removed: float) -> LowRankConfig:
 class Statistics:
     """What is read off the original once and serves every arm."""
 
-    def __init__(self, material: Material, batches: list[dict[str, torch.Tensor]]) -> None:
-        self.material, self.batches = material, batches
+    def __init__(self, load: Callable[[], Any], batches: list[dict[str, torch.Tensor]]) -> None:
+        self.load, self.batches = load, batches
         self._known: dict[str, Any] = {}
 
     def of(self, config: LowRankConfig) -> Knowledge:
@@ -179,7 +179,7 @@ class Statistics:
 
     def _learned(self, name: str, config: LowRankConfig) -> Knowledge:
         if name not in self._known:
-            model = self.material.load()
+            model = self.load()
             paths = list(float_layers(model, config)[0])
             self._known[name] = learn(model, paths, config, config.method, self.batches)
         return self._known[name]
@@ -198,7 +198,7 @@ def run(asked: argparse.Namespace) -> None:
     blocks = material.choices if asked.part == "choices" else material.test
     blocks = blocks[: asked.blocks] if asked.blocks else blocks
     common = {"study": "without training", "part": asked.part, "test_blocks": len(blocks)}
-    statistics = Statistics(material, material.calibration(asked.calibration))
+    statistics = Statistics(material.load, material.calibration(asked.calibration))
     if pending(read(), common | {"arm": "original"}):
         write(common | {"arm": "original", "removed": 0.0, "perplexity": perplexity(material.load(), blocks)})
     base = next(row for row in read() if not pending([row], common | {"arm": "original"}))["perplexity"]
@@ -257,7 +257,7 @@ def recover(asked: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     material = Material(asked.model, asked.wikitext)
     blocks = material.choices if asked.part == "choices" else material.test[: asked.blocks]
-    statistics = Statistics(material, material.calibration(asked.calibration))
+    statistics = Statistics(material.load, material.calibration(asked.calibration))
     points = [("original", 0.0), *((arm, removed) for arm in asked.arms for removed in asked.removed)]
     for seed in asked.seeds:
         for arm, removed in points:

@@ -30,11 +30,14 @@ from hfcompress import LowRankConfig, QuantizationConfig, StructuredPruningConfi
 from hfcompress.configuration import Config
 from hfcompress.evaluation.cost import measure_speed, speed_inputs
 from hfcompress.evaluation.quality import evaluate_quality
+from hfcompress.methods.low_rank import low_rank as factorize
 from hfcompress.methods.low_rank.maths import nonnegative, truncate
+from hfcompress.methods.registry import Context
 from hfcompress.modeling.anatomy import base_model, modules_of
 from hfcompress.modeling.checkpoint import save
 from hfcompress.modeling.measure import weight_bytes
 from hfcompress.tasks import get_task, load_data, preprocess
+from scripts.studies.low_rank import Statistics
 from scripts.studies.material import TASKS, glue_folder, results_file, teacher_folder
 
 RESULTS = results_file("low_rank_encoders.jsonl")
@@ -92,7 +95,7 @@ STUDIES = {"curves": CURVES, "together": TOGETHER}
 
 
 class Bench:
-    """A fine-tuned model, its calibration batches and what it is judged on."""
+    """A fine-tuned model, its calibration batches, what is read off it once, and what it is judged on."""
 
     def __init__(self, model: str, name: str, data: str) -> None:
         self.teacher, self.task = teacher_folder(model, name), get_task(name)
@@ -102,6 +105,7 @@ class Bench:
         options: dict[str, Any] = {"max_length": MAX_LENGTH, "label2id": self.original.config.label2id}
         drawn = splits["train"].shuffle(seed=0).select(range(EXAMPLES))
         self.rows: list[Any] = list(preprocess(drawn, self.task, self.tokenizer, **options))
+        self.statistics: Statistics | None = None
         self.judged_on = preprocess(splits["validation"], self.task, self.tokenizer, **options)
 
     def load(self) -> Any:
@@ -117,7 +121,11 @@ class Bench:
     def measure(self, configs: Sequence[Config]) -> dict[str, Any]:
         """Compresses, saves, loads again and measures."""
         model, started = self.load(), time.perf_counter()
-        if configs:
+        if len(configs) == 1 and isinstance(configs[0], LowRankConfig):
+            self.statistics = self.statistics or Statistics(self.load, self.calibration())
+            context = Context(calibration=self.statistics.batches)
+            factorize(model, configs[0], context, knowledge=self.statistics.of(configs[0]))
+        elif configs:
             compress(model, list(configs), calibration=self.calibration())
         seconds = time.perf_counter() - started
         with tempfile.TemporaryDirectory() as folder:
