@@ -3,7 +3,7 @@
     python -m scripts.studies.low_rank run MODEL WIKITEXT                  # without training; an hour or two
     python -m scripts.studies.low_rank run MODEL WIKITEXT --part choices   # on a part of the calibration file
     python -m scripts.studies.low_rank recover MODEL WIKITEXT              # each 15 minutes of training
-    python -m scripts.studies.low_rank summary                             # table and picture of what is there
+    python -m scripts.studies.low_rank summary                             # table of what is there
 
 MODEL is SmolLM2-135M (any causal language model works), WIKITEXT a folder with `wiki.valid.tokens` and
 `wiki.test.raw`. Factors are fitted to sentences of the former that hold no `<unk>`: to the first three quarters of
@@ -37,7 +37,6 @@ from hfcompress.modeling.checkpoint import save
 from scripts.studies.material import results_file, study_root
 
 RESULTS = results_file("low_rank.jsonl")
-PICTURE = RESULTS.with_suffix(".png")
 REMOVED = (0.1, 0.2, 0.3, 0.4)
 BLOCK = 512
 CALIBRATION_BLOCKS = 48
@@ -290,20 +289,9 @@ def lines(rows: Sequence[dict[str, Any]]) -> Iterator[tuple[str, list[tuple[floa
 
 
 def summary(asked: argparse.Namespace) -> None:
-    """Prints the table and draws the picture."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    rows = [row for row in read() if row["part"] == asked.part]
-    figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
-    for name, points in lines(rows):
+    """Prints the table; `scripts.studies.low_rank_page` writes it with a picture."""
+    for name, points in lines([row for row in read() if row["part"] == asked.part]):
         print(f"{name:45}", "  ".join(f"{share:.0%} {ratio:.3f}" for share, ratio in points))
-        axes.plot([100 * share for share, _ in points], [ratio for _, ratio in points], marker="o", label=name)
-    axes.set(xlabel="linear parameters removed, %", ylabel="perplexity / original's", yscale="log")
-    axes.legend(fontsize=7)
-    figure.savefig(PICTURE)
 
 
 def arguments() -> argparse.Namespace:

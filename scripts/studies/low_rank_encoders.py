@@ -3,7 +3,7 @@
     python -m scripts.studies.low_rank_encoders curves      # methods beside each other, 10 to 60% of linear parameters
     python -m scripts.studies.low_rank_encoders together    # with pruning and 4 bits, and each alone
     python -m scripts.studies.low_rank_encoders claim       # NMF: its time beside SVD's, and its loss at 9% off
-    python -m scripts.studies.low_rank_encoders summary     # table and picture of what is there
+    python -m scripts.studies.low_rank_encoders summary     # table of what is there
 
 Teachers and data are those of `scripts.studies.material`. Factors are fitted to 512 sentences of train; every point is
 measured on validation once (with `--data choices` on a part of train, where choices are made). Bytes are those of the
@@ -41,7 +41,6 @@ from scripts.studies.low_rank import Statistics
 from scripts.studies.material import TASKS, glue_folder, results_file, teacher_folder
 
 RESULTS = results_file("low_rank_encoders.jsonl")
-PICTURE = RESULTS.with_suffix(".png")
 EXAMPLES = 512
 BATCH = 32
 REPEATS = 9  # timed passes of a point's model and of the original, by turns
@@ -198,33 +197,17 @@ def claim(asked: argparse.Namespace) -> None:
 
 
 def summary(asked: argparse.Namespace) -> None:
-    """Prints the table and draws quality against bytes and against time."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
+    """Prints the table; `scripts.studies.low_rank_page` writes it with a picture."""
     rows = [row for row in read() if row.get("data") == asked.data and row.get("model") == asked.model]
-    tasks = [name for name in TASKS if any(row["task"] == name for row in rows)]
-    figure = Figure(figsize=(5 * max(1, len(tasks)), 8), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(2, max(1, len(tasks)), squeeze=False)
-    for column, name in enumerate(tasks):
-        mine = [row for row in rows if row["task"] == name]
+    for name in [name for name in TASKS if any(row["task"] == name for row in rows)]:
+        mine = sorted((row for row in rows if row["task"] == name), key=lambda row: (row["arm"], row["removed"]))
         base = next(row for row in mine if row["arm"] == "original")
         metric, whole = base["metric"], base["metrics"][base["metric"]]
         print(f"{name}: {metric} {whole:.4f}, {base['bytes'] / 1e6:.1f} MB")
-        for arm in dict.fromkeys(row["arm"] for row in mine if row is not base):
-            points = sorted((row for row in mine if row["arm"] == arm), key=lambda row: row["removed"])
-            scores = [row["metrics"][metric] / whole for row in points]
-            shares = [row["bytes"] / base["bytes"] for row in points]
-            times = [1 / row["speed_up"][0] for row in points]
-            for row, score, size, speed in zip(points, scores, shares, times, strict=True):
-                print(f"  {arm:30} {row['removed']:4.0%} retained {score:.4f}  bytes {size:.3f}  time {speed:.3f}")
-            axes[0, column].plot(shares, scores, marker="o", label=arm)
-            axes[1, column].plot(times, scores, marker="o", label=arm)
-        axes[0, column].set(title=name, xlabel="bytes / original's", ylabel=f"{metric} / original's")
-        axes[1, column].set(xlabel="time / original's", ylabel=f"{metric} / original's")
-    axes[0, 0].legend(fontsize=7)
-    figure.savefig(PICTURE)
+        for row in mine:
+            kept, size = row["metrics"][metric] / whole, row["bytes"] / base["bytes"]
+            speed = row.get("speed_up", [1.0])[0]
+            print(f"  {row['arm']:30} {row['removed']:4.0%} retained {kept:.4f}  bytes {size:.3f}  speed {speed:.2f}")
 
 
 def arguments() -> argparse.Namespace:

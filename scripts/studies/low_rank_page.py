@@ -1,0 +1,269 @@
+"""The page of both low-rank studies: tables and pictures, from the results alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from scripts.studies.material import ROOT, TASKS, results_file
+
+PAGE = ROOT / "docs" / "low_rank.md"
+LANGUAGE_MODEL, ENCODERS = PAGE.with_name("low_rank_language_model.png"), PAGE.with_name("low_rank_encoders.png")
+Row = dict[str, Any]
+Point = tuple[str, float]
+
+# What the names of the studies' arms mean, those of hfcompress's own combination last.
+ARMS = {
+    "plain": "plain SVD",
+    "fisher": "Fisher-weighted SVD (Hsu et al. 2022)",
+    "non-negative": "non-negative factors (scikit-learn)",
+    "whitened": "whitened by the inputs' second moments (SVD-LLM)",
+    "whitened, sequential": "whitened, layer after layer",
+    "whitened, sequential, budget": "whitened, layer after layer, ranks by measured outputs",
+    "whitened, budget": "whitened, ranks by measured outputs",
+    "curvature": "whitened, outputs weighed by the predictions' curvature",
+    "curvature, pivoted": "the same, pivoted factors",
+    "curvature, budget": "whitened, weighed by the predictions' curvature, ranks by it",
+    "curvature, budget, pivoted": "the same, pivoted factors",
+    "curvature, budget, pivoted, sequential": "the same, layer after layer",
+    "low rank": "low rank",
+    "pruning": "pruning",
+    "4 bits": "4 bits",
+    "low rank, 4 bits": "low rank, then 4 bits",
+    "pruning, 4 bits": "pruning, then 4 bits",
+    "pruning, low rank, 4 bits": "pruning, low rank, 4 bits",
+}
+OURS = ("curvature, budget", "curvature, budget, pivoted")
+CURVES = ("plain", "fisher", "non-negative", "whitened", "whitened, budget", *OURS)
+HIGHEST = 30.0  # of the picture: what is above tells nothing more
+
+
+def read(name: str) -> list[Row]:
+    """Returns a study's rows, none where it was not run."""
+    file = results_file(name)
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Returns a Markdown table whose first column is text and the rest numbers."""
+    lines = [head, ["---", *["--:"] * (len(head) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+# The language model
+
+
+def language_model() -> str:
+    """Returns the part on perplexity, and draws its picture; nothing where there are no rows."""
+    rows = [row for row in read("low_rank.jsonl") if row["part"] == "test"]
+    measured = [row for row in rows if row["study"] == "without training" and row["arm"] != "original"]
+    if not measured:
+        return ""
+    base = next(row for row in rows if row["study"] == "without training" and row["arm"] == "original")
+    shares = sorted({row["removed"] for row in measured})
+    ratios = {(row["arm"], row["removed"]): row["ratio"] for row in measured}
+    arms = [arm for arm in ARMS if any(each == arm for each, _ in ratios)]
+    head = ["share of the linear layers' parameters removed", *(f"{share:.0%}" for share in shares)]
+    lines = [[_name(arm, arms), *(_ratio(ratios.get((arm, share))) for share in shares)] for arm in arms]
+    blocks, calibration = base["test_blocks"], measured[0]["calibration_blocks"]
+    text = f"""## A small language model
+
+SmolLM2-135M-Instruct, fitted to {calibration} blocks of 512 tokens from wikitext-2's validation file, measured on the
+first {blocks} blocks of its test file: perplexity over the original's, which is {base["perplexity"]:.1f}. No training.
+Ranks are multiples of 8, so that a fixed share removes 1 to 2 points more than it says; a budget meets it.
+
+{table(head, lines)}
+"""
+    text += _recovered([row for row in rows if row["study"] == "recovered"])
+    _draw_language_model(arms, ratios, shares)
+    return f"{text}![Perplexity by method and share removed]({LANGUAGE_MODEL.name})\n\n"
+
+
+def _name(arm: str, arms: Sequence[str]) -> str:
+    """Returns what an arm is called, whole where the one that it continues is not there."""
+    name = ARMS[arm]
+    before = [each for each in ARMS if each in arms or each == arm]
+    if name.startswith("the same") and before.index(arm) == 0:
+        return f"{ARMS['curvature, budget']}{name.removeprefix('the same')}"
+    return f"{ARMS['curvature, budget']}{name.removeprefix('the same')}" if name.startswith("the same") else name
+
+
+def _ratio(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.2f}" if value < 100 else f"{value:,.0f}" if value < 1e5 else f"{value:.0e}"
+
+
+def _recovered(rows: Sequence[Row]) -> str:
+    if not rows:
+        return ""
+    lines = []
+    for arm, share in dict.fromkeys((row["arm"], row["removed"]) for row in rows):
+        mine = [row for row in rows if (row["arm"], row["removed"]) == (arm, share)]
+        found = [row["perplexity"] for row in mine]
+        ratios = [row["ratio"] for row in mine if "ratio" in row and arm != "original"]
+        spread = f"{mean(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})" if ratios else "1"
+        name = "the original" if arm == "original" else _name(arm, [])
+        lines.append([name, f"{share:.0%}", str(len(mine)), f"{mean(found):.2f}", spread])
+    seconds = rows[0]["seconds"]
+    return f"""After {seconds / 60:.0f} minutes of training by one thread on the text that was fitted to, the original
+trained alike. A seed is an order of the blocks; a ratio is that of the same seed, and the least and the most of them
+stand beside the mean.
+
+{table(["", "removed", "seeds", "perplexity", "over the original's"], lines)}
+"""
+
+
+def _draw_language_model(arms: Sequence[str], ratios: dict[Point, float], shares: Sequence[float]) -> None:
+    figure, (axes,) = _figure(1, 1, (7.2, 4.2))
+    for arm in arms:
+        mine = [(100 * share, ratios[arm, share]) for share in shares if (arm, share) in ratios]
+        if min(ratio for _, ratio in mine) < HIGHEST:
+            axes.plot(*zip(*mine, strict=True), marker="o", markersize=4, label=_name(arm, arms))
+    axes.set(xlabel="linear parameters removed, %", ylabel="perplexity / the original's", yscale="log")
+    axes.set_yticks([1, 2, 5, 10, 20], ["1", "2", "5", "10", "20"])
+    axes.set(xticks=[100 * share for share in shares], ylim=(0.9, HIGHEST))
+    axes.minorticks_off()
+    axes.grid(axis="y", linewidth=0.3)
+    axes.set_title("SmolLM2-135M, without training; plain and Fisher-weighted SVD are above the picture", fontsize=10)
+    axes.legend(fontsize=7)
+    _keep(figure, LANGUAGE_MODEL)
+
+
+# The encoders
+
+
+def encoders() -> str:
+    """Returns the parts on fine-tuned encoders, and draws their picture; nothing where there are no rows."""
+    rows = [row for row in read("low_rank_encoders.jsonl") if row.get("data") == "whole"]
+    return _curves([row for row in rows if row["model"] == "mpnet-base"]) + _together(rows) + _claims()
+
+
+def _value(row: Row) -> float:
+    return row["metrics"][row["metric"]]
+
+
+def _curves(rows: Sequence[Row]) -> str:
+    rows = [row for row in rows if row["arm"] in (*CURVES, "original") and "claim" not in row]
+    bases = {row["task"]: row for row in rows if row["arm"] == "original"}
+    tasks = [task for task in TASKS if task in bases and any(row["task"] == task for row in rows if row["removed"])]
+    if not tasks:
+        return ""
+    found = {(row["task"], row["arm"], row["removed"]): row for row in rows}
+    arms = [arm for arm in CURVES if any(each == arm for _, each, _ in found)]
+    shares = sorted({share for _, _, share in found if share})
+    head = ["points lost / time over the original's", *(f"{share:.0%}" for share in shares)]
+    parts = [_CURVES.format(before=", ".join(f"{task} {100 * _value(bases[task]):.1f}" for task in tasks))]
+    for task in tasks:
+        lines = []
+        for arm in arms:
+            cells = [found.get((task, arm, share)) for share in shares]
+            lost = [100 * (_value(bases[task]) - _value(cell)) if cell else None for cell in cells]
+            times = [1 / cell["speed_up"][0] if cell else None for cell in cells]
+            said = [f"{a:.1f} / {b:.2f}" if a is not None else "-" for a, b in zip(lost, times, strict=True)]
+            lines.append([_name(arm, arms), *said])
+        parts.append(f"{task}:\n\n{table(head, lines)}\n")
+    _draw_encoders(tasks, arms, found, bases, shares)
+    return "".join(parts) + f"![Quality against bytes and time]({ENCODERS.name})\n\n"
+
+
+_CURVES = """## Fine-tuned encoders
+
+MPNet-base, fitted to 512 sentences of train, measured on the whole validation split, once. Accuracy, of STS-B Pearson's
+correlation: {before} before. Time is that of a batch of 8 rows of 128 tokens on one thread, in 32 bit, beside the
+original in the same run, with other work on the machine. No training; one draw of sentences.
+
+"""
+
+
+def _draw_encoders(
+    tasks: Sequence[str],
+    arms: Sequence[str],
+    found: dict[tuple[str, str, float], Row],
+    bases: dict[str, Row],
+    shares: Sequence[float],
+) -> None:
+    figure, axes = _figure(2, len(tasks), (4 * len(tasks), 6.4))
+    for column, task in enumerate(tasks):
+        base = bases[task]
+        for arm in arms:
+            mine = [found[task, arm, share] for share in shares if (task, arm, share) in found]
+            kept = [_value(row) / _value(base) for row in mine]
+            sizes, times = [row["bytes"] / base["bytes"] for row in mine], [1 / row["speed_up"][0] for row in mine]
+            name = _name(arm, arms) if column == 0 else None
+            axes[column].plot([1, *sizes], [1, *kept], marker="o", markersize=3, label=name)
+            axes[len(tasks) + column].plot([1, *times], [1, *kept], marker="o", markersize=3)
+        axes[column].set(title=task, xlabel="bytes / the original's", ylabel="quality / the original's")
+        axes[len(tasks) + column].set(xlabel="time / the original's", ylabel="quality / the original's")
+    figure.legend(loc="outside lower center", fontsize=8, ncols=2)
+    _keep(figure, ENCODERS)
+
+
+def _together(rows: Sequence[Row]) -> str:
+    arms = [arm for arm in ARMS if arm in ("low rank", "pruning") or "4 bits" in arm]
+    mine = [row for row in rows if row["arm"] in arms]
+    if not mine:
+        return ""
+    bases = {(row["model"], row["task"]): row for row in rows if row["arm"] == "original"}
+    lines = []
+    for row in sorted(mine, key=lambda each: (each["model"], each["task"], -each["bytes"])):
+        base = bases[row["model"], row["task"]]
+        size, lost = f"{row['bytes'] / 1e6:.1f} MB", f"{100 * (_value(base) - _value(row)):.1f}"
+        share = f"{row['removed']:.0%}" if row["removed"] else "-"
+        lines.append(
+            [f"{row['model']}, {row['task']}", ARMS[row["arm"]], share, size, lost, f"{row['speed_up'][0]:.2f}"]
+        )
+    head = ["model", "steps", "layers' parameters removed", "on disk", "points lost", "speed-up"]
+    return f"""## Together with pruning and 4 bits
+
+The same model by each step and by several, sorted by bytes; the first and the last of a column that are near each other
+in bytes are to be compared. Where low rank and pruning meet, each removes its half of the share.
+
+{table(head, lines)}
+"""
+
+
+def _claims() -> str:
+    rows = [row for row in read("low_rank_encoders.jsonl") if "claim" in row]
+    if not rows:
+        return ""
+    seconds = [row for row in rows if row["claim"].startswith("seconds")]
+    points = [row for row in rows if not row["claim"].startswith("seconds")]
+    lines = [[row["claim"], row["arm"], f"{row['seconds']:.2f} s"] for row in seconds]
+    for row in points:
+        lines.append([f"{row['claim']}, {row['model']} on {row['task']}", row["arm"], f"{row['points']:.1f} points"])
+    return f"""## Non-negative factors
+
+They are said to be quicker than singular values, and to take 9% off a model for 4 to 10 points without training.
+
+{table(["what", "how", "measured"], lines)}
+"""
+
+
+# Drawing
+
+
+def _figure(rows: int, columns: int, size: tuple[float, float]) -> tuple[Any, list[Any]]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=size, layout="constrained")
+    return figure, list(figure.subplots(rows, columns, squeeze=False).flat)
+
+
+def _keep(figure: Any, file: Path) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    FigureCanvasAgg(figure).print_figure(file, dpi=120, metadata={"Software": None})
+
+
+def write() -> None:
+    """Writes page and pictures."""
+    parts = ["# Low rank\n\nMade by `scripts/studies/low_rank_page.py` from the rows of both low-rank studies.\n\n"]
+    PAGE.write_text("".join([*parts, language_model(), encoders()]).rstrip() + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    write()
