@@ -245,6 +245,17 @@ def pivot(up: torch.Tensor, down: torch.Tensor) -> tuple[torch.Tensor, torch.Ten
     return rest, up.double()[order[:rank]] @ down.double(), order.argsort()
 
 
+def _reorder(outputs: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """Puts entry `places[i]` of the last dimension in place i.
+
+    On CPUs `gather` with one index for all rows takes a tenth of the time of `index_select` along the last dimension.
+    Graphs keep the latter, which compilers know how to merge and exporters write as one small table.
+    """
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return outputs.index_select(-1, places)
+    return outputs.gather(-1, places.expand_as(outputs))
+
+
 class PivotedLinear(LowRankLinear):
     """Computes `rank` of its outputs from its inputs by `down`, and the others from those by `up`.
 
@@ -300,7 +311,7 @@ class PivotedLinear(LowRankLinear):
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         """Maps `(..., in_features)` to `(..., out_features)`."""
         pivots = self.down(inputs)
-        outputs = torch.cat((pivots, self.up(pivots)), dim=-1).index_select(-1, self.places)
+        outputs = _reorder(torch.cat((pivots, self.up(pivots)), dim=-1), self.places)
         return outputs if self.own_bias is None else outputs + self.own_bias
 
     def compose(self, up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
