@@ -14,10 +14,12 @@ from hfcompress import (
     QuantizationAwareConfig,
     QuantizationConfig,
     StructuredPruningConfig,
+    StudentConfig,
     UnstructuredPruningConfig,
     VocabularyConfig,
 )
 from hfcompress.configuration import Config
+from hfcompress.methods.student import sizes_of
 from hfcompress.modeling.anatomy import embedding_paths
 from hfcompress.modeling.surgery import stack_depths
 from tests.tiny_models import CELLS as HEADS
@@ -26,10 +28,16 @@ PRUNING = StructuredPruningConfig(heads=0.3, neurons=0.3, multiple_of=2)
 # Every linear layer; the rank that holds a share of the energy is another one in each layer.
 FACTORS = LowRankConfig(targets=("linear",), method="svd", energy=0.8, multiple_of=2)
 PIVOTED = LowRankConfig(targets=("linear",), method="svd", energy=0.8, multiple_of=2, pivoted=True)
+SHARED = LowRankConfig(targets=("linear",), method="svd", energy=0.8, multiple_of=2, share=True)
 
 
 def _drop(model: PreTrainedModel) -> Sequence[Config]:
     return [LayerDroppingConfig(drop=1, stack=stack) for stack in stack_depths(model)]
+
+
+def _student(model: PreTrainedModel) -> Sequence[Config]:
+    halves = {name: size // 2 for name, size in sizes_of(model).items() if name != "head_dim"}
+    return [StudentConfig(sizes=halves)]
 
 
 def _chain(model: PreTrainedModel) -> Sequence[Config]:
@@ -41,8 +49,10 @@ def _chain(model: PreTrainedModel) -> Sequence[Config]:
 METHODS: dict[str, Callable[[PreTrainedModel], Sequence[Config]]] = {
     "heads and neurons": lambda model: [PRUNING],
     "layers": _drop,
+    "student": _student,
     "low rank": lambda model: [FACTORS],
     "pivoted": lambda model: [PIVOTED],
+    "shared": lambda model: [SHARED],
     "int8": lambda model: [QuantizationConfig(weights="int8", embeddings=None)],
     "nf4": lambda model: [QuantizationConfig(weights="nf4", embeddings=None)],
     "torchao": lambda model: [QuantizationConfig(weights="torchao-int8", ffn="torchao-int8-dynamic", embeddings=None)],
@@ -57,7 +67,7 @@ METHODS: dict[str, Callable[[PreTrainedModel], Sequence[Config]]] = {
 # torchao stands beside .venv (scripts/beside.sh torchao), and scripts/test.sh runs its cells there.
 HERE = [method for method in METHODS if method != "torchao" or find_spec("torchao")]
 # Where the stock config says all there is to say, an ordinary checkpoint is written.
-STOCK = ("layers", "vocabulary", "unstructured")
+STOCK = ("layers", "student", "vocabulary", "unstructured")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,14 +20,15 @@ outputs, bit by bit (`torch.equal`); with a cache it must generate the same logi
 files are the same, and so are the outputs after loading those. `AutoModel` takes the base model out of the same
 checkpoint, with the same weights, but for what stock `AutoModel` cannot find either: see the end.
 
-The methods: pruning of **heads and neurons**; one of three **layers** dropped from each stack; **low rank** in every
-linear layer of the base model, by two factors or **pivoted** ones; **int8** and **nf4** by bitsandbytes; int8 by
-**torchao**, with inputs rounded too in feed-forward blocks; **embeddings** in 8 and 4 bits, and split in two factors,
-with every output layer that is tied to them; **ternary** weights, packed; trimming the **vocabulary** with its
-tokenizer; **unstructured** zeros; and a **chain** of pruning, low rank, nf4 and 8-bit embeddings, where there are any.
+The methods: pruning of **heads and neurons**; one of three **layers** dropped from each stack; a **student** of half
+the model's sizes; **low rank** in every linear layer of the base model, by two factors, by **pivoted** ones, or with
+one **shared** by layers of one input; **int8** and **nf4** by bitsandbytes; int8 by **torchao**, with inputs rounded
+too in feed-forward blocks; **embeddings** in 8 and 4 bits, and split in two factors, with every output layer that is
+tied to them; **ternary** weights, packed; trimming the **vocabulary** with its tokenizer; **unstructured** zeros; and a
+**chain** of pruning, low rank, nf4 and 8-bit embeddings, where there are any.
 
-Dropping layers, trimming and zeroing must write an ordinary checkpoint. Where int8 or nf4 alone do, it is one of
-bitsandbytes, and no code of ours sees it load. On CPUs with AVX512-BF16 bitsandbytes then rounds the scales of 4-bit
+Dropping layers, students, trimming and zeroing must write an ordinary checkpoint. Where int8 or nf4 alone do, it is one
+of bitsandbytes, and no code of ours sees it load. On CPUs with AVX512-BF16 bitsandbytes then rounds the scales of 4-bit
 weights, unless `hfcompress.modeling.layers.bitsandbytes.settle_all(model)` comes before the first forward; and
 transformers cannot write it again unless `hfcompress.modeling.checkpoint.commit(model)` comes before the save. The
 check calls both there, and nowhere else.
