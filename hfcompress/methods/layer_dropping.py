@@ -23,7 +23,8 @@ from hfcompress.methods.registry import Batch, Context, Method, register
 from hfcompress.methods.statistics import each_batch, real_rows
 from hfcompress.modeling.anatomy import architecture_of, attention_blocks, base_model, feed_forward_blocks
 from hfcompress.modeling.checkpoint import commit
-from hfcompress.modeling.surgery import drop_layers, remove_block, require_removable, stack_depths
+from hfcompress.modeling.depth import drop_layers, stack_depths
+from hfcompress.modeling.surgery import remove_block, require_removable
 
 
 class LayerDroppingConfig(Config):

@@ -21,7 +21,7 @@ from hfcompress import (
 from hfcompress.configuration import Config
 from hfcompress.methods.student import sizes_of
 from hfcompress.modeling.anatomy import embedding_paths
-from hfcompress.modeling.surgery import stack_depths
+from hfcompress.modeling.depth import stack_depths
 from tests.tiny_models import CELLS as HEADS
 
 PRUNING = StructuredPruningConfig(heads=0.3, neurons=0.3, multiple_of=2)

@@ -8,7 +8,7 @@ from typing import Literal
 from transformers import PreTrainedModel
 
 from hfcompress.errors import CompressionError, UnsupportedModelError
-from hfcompress.modeling.surgery import stack_depths
+from hfcompress.modeling.depth import stack_depths
 
 Pair = tuple[int, int]
 LayerMap = Literal["uniform", "last", "skip"]

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from hfcompress import LowRankConfig, compress
-from hfcompress.methods.pruning.reconstruction import Moments, reconstruct, refit
+from hfcompress.methods.pruning.reconstruction import reconstruct
+from hfcompress.methods.pruning.refitting import Moments, refit
 from hfcompress.methods.pruning.units import head_units, neuron_units
 from tests.tiny_models import FAMILIES, inputs_for, make, run
 from tests.workshop import batches, tiny_classifier
