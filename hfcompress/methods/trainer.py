@@ -28,7 +28,8 @@ from hfcompress.methods.resuming import (
 )
 from hfcompress.methods.training import EXAMPLE_ID, NumberedRows, Part, Rows, shifts_labels
 from hfcompress.modeling.adapters import load_adapters
-from hfcompress.modeling.checkpoint import replace_directory
+from hfcompress.modeling.checkpoint import commit, replace_directory
+from hfcompress.modeling.surgery import in_pivoted_form, in_two_factors
 
 PARTS_FILE = "hfcompress_parts.safetensors"
 
@@ -67,7 +68,8 @@ class CompressionTrainer(Trainer):
 
     Losses of the parts are added to the model's own, every term normalised over the whole accumulation window
     and all processes. Training checkpoints are written whole or not at all, and only whole ones are resumed.
-    A structured method masks while it trains; the model shrinks once, when training ends.
+    A structured method masks while it trains; the model shrinks once, when training ends. Pivoted low-rank layers are
+    trained as two plain factors, and are pivoted again when training ends.
 
     Args:
         model: The student.
@@ -112,6 +114,7 @@ class CompressionTrainer(Trainer):
         self.parts: tuple[Part, ...] = (*made, *parts)
         self.findings: list[dict[str, Any]] = []
         self._resume_from: Path | None = None
+        self._pivoted: list[str] = []
         self._terms: dict[str, torch.Tensor] = {}
         self._terms_seen = 0
         self._window: list[torch.Tensor | None] = []
@@ -294,6 +297,9 @@ class CompressionTrainer(Trainer):
         self._zero_part_gradients()
         model = self.accelerator.unwrap_model(self.model)
         self.findings = [part.end(model) for part in self.parts]
+        if self._pivoted:
+            in_pivoted_form(model, self._pivoted)
+            commit(model)
         self.model_wrapped = self.model  # shapes may have changed under the wrapper
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
@@ -314,6 +320,13 @@ class CompressionTrainer(Trainer):
         if resume_from_checkpoint is True:
             newest = last_whole_checkpoint(Path(str(self.args.output_dir)))
             resume_from_checkpoint = str(newest) if newest else None
+        model = self.accelerator.unwrap_model(self.model)
+        if self._pivoted:
+            self.optimizer = None  # it holds the factors of the training before
+        if self.optimizer is None and isinstance(model, PreTrainedModel):
+            self._pivoted = in_two_factors(model)
+            if self._pivoted:
+                commit(model)  # a checkpoint written meanwhile says what it holds
         self._prepare_parts()
         return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
 

@@ -19,13 +19,14 @@ from hfcompress.modeling.anatomy import (
     AttentionBlock,
     FeedForwardBlock,
     base_model,
+    find,
     input_width,
     output_width,
     tied_to,
 )
 from hfcompress.modeling.architectures import Projection
 from hfcompress.modeling.layers.kept_heads import keep_heads
-from hfcompress.modeling.layers.low_rank import LowRankLinear, PivotedLinear, part_from_others
+from hfcompress.modeling.layers.low_rank import LowRankLinear, PivotedLinear, balanced, part_from_others
 from hfcompress.modeling.layers.removed import Constant, Nothing, attend_to_nothing
 
 
@@ -312,3 +313,48 @@ def defactorize(model: PreTrainedModel, path: str) -> None:
         new.bias = bias
     new.train(old.training)
     base.set_submodule(path, new)
+
+
+def in_two_factors(model: PreTrainedModel) -> list[str]:
+    """Gives pivoted layers that are trained two factors of the same product, for as long as they are trained.
+
+    In pivoted form most outputs are sums over others: a step of one weight moves many, so that a learning rate that
+    suits the rest of the model ruins such layers. Two factors that share the singular values evenly have no such
+    sums. Quantized layers, and those whose factors are frozen or carry adapters, stay as they are.
+
+    Returns:
+        The layers, relative to the base model, for `in_pivoted_form`.
+    """
+    base, paths = base_model(model), []
+    for path, old in list(base.named_modules()):
+        if isinstance(old, PivotedLinear) and all(
+            type(each) is nn.Linear and each.weight.requires_grad for each in (old.up, old.down)
+        ):
+            _replace_factors(base, path, LowRankLinear, balanced(*old.two_factors()))
+            paths.append(path)
+    return paths
+
+
+def in_pivoted_form(model: PreTrainedModel, paths: Sequence[str]) -> None:
+    """Gives layers their pivoted form back, with the same product; those that are no longer two factors stay."""
+    base = base_model(model)
+    for path in paths:
+        old: Any = find(base, path)
+        if type(old) is LowRankLinear and type(old.up) is nn.Linear and old.rank < old.out_features:
+            _replace_factors(base, path, PivotedLinear, (old.up.weight.detach(), old.down.weight.detach()))
+
+
+def _replace_factors(
+    base: PreTrainedModel, path: str, kind: type[LowRankLinear], factors: tuple[torch.Tensor, torch.Tensor]
+) -> None:
+    old: Any = base.get_submodule(path)
+    like: dict[str, Any] = {"device": old.down.weight.device, "dtype": old.down.weight.dtype}
+    has_bias = old.bias is not None
+    new = kind(old.in_features, old.out_features, old.rank, bias=has_bias, transposed=old.transposed, **like)
+    if has_bias:
+        new.set_bias(old.bias)
+    if isinstance(new, PivotedLinear):
+        new.set_factors(*factors)
+    else:
+        new.up.weight, new.down.weight = (nn.Parameter(each.to(old.down.weight).contiguous()) for each in factors)
+    base.set_submodule(path, new.train(old.training))

@@ -34,6 +34,7 @@ from hfcompress.methods.low_rank.method import Knowledge, float_layers, learn
 from hfcompress.methods.registry import Context
 from hfcompress.modeling.anatomy import base_model, modules_of
 from hfcompress.modeling.checkpoint import save
+from hfcompress.modeling.surgery import in_pivoted_form, in_two_factors
 from scripts.studies.material import results_file, study_root
 
 RESULTS = results_file("low_rank.jsonl")
@@ -219,8 +220,12 @@ def run(asked: argparse.Namespace) -> None:
 
 
 def train(model: Any, blocks: Blocks, seconds: float, seed: int) -> int:
-    """Trains all parameters on blocks for a time; returns the number of steps. The same for every model."""
+    """Trains all parameters on blocks for a time; returns the number of steps. The same for every model.
+
+    Pivoted layers are trained as hfcompress's Trainer does it: as two factors, which are pivoted in the end.
+    """
     model = model.float().train()
+    pivoted = in_two_factors(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=RECOVERY["learning_rate"], weight_decay=0.0)
     generator, step, started = torch.Generator().manual_seed(seed), 0, time.thread_time()
     while (spent := time.thread_time() - started) < seconds:
@@ -235,6 +240,7 @@ def train(model: Any, blocks: Blocks, seconds: float, seed: int) -> int:
         optimizer.step()
         optimizer.zero_grad()
         step += 1
+    in_pivoted_form(model, pivoted)
     return step
 
 

@@ -245,6 +245,23 @@ def pivot(up: torch.Tensor, down: torch.Tensor) -> tuple[torch.Tensor, torch.Ten
     return rest, up.double()[order[:rank]] @ down.double(), order.argsort()
 
 
+def balanced(up: torch.Tensor, down: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Says a product by two factors that share its singular values evenly: columns of one and rows of the other.
+
+    Args:
+        up: `(out, rank)`.
+        down: `(rank, in)`.
+
+    Returns:
+        Factors of the same shapes and the same product, float64.
+    """
+    left, upper = torch.linalg.qr(up.double())
+    right, lower = torch.linalg.qr(down.double().T)
+    turned, values, back = torch.linalg.svd(upper @ lower.T)
+    roots = values.sqrt()
+    return left @ turned * roots, roots.unsqueeze(1) * back @ right.T
+
+
 def _reorder(outputs: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
     """Puts entry `places[i]` of the last dimension in place i.
 
@@ -317,6 +334,12 @@ class PivotedLinear(LowRankLinear):
     def compose(self, up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
         """Returns the matrix `(out, in)` that weights of the two factors stand for."""
         return torch.cat((down, up @ down)).index_select(0, self.places)
+
+    def two_factors(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns `(out, rank)` and `(rank, in)`, float64, whose product is the matrix: some rows of one are unit."""
+        down, rest = self.down.weight.detach().double(), self.up.weight.detach().double()
+        units = torch.eye(self.rank, dtype=torch.float64, device=rest.device)
+        return torch.cat((units, rest)).index_select(0, self.places), down
 
     def set_factors(self, up: torch.Tensor, down: torch.Tensor) -> None:
         """Takes over a product of two thin matrices, `(out, rank)` and `(rank, in)`, and its number of outputs."""
