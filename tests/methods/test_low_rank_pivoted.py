@@ -16,7 +16,7 @@ from torch import nn
 from hfcompress import LowRankConfig, QuantizationConfig, compress
 from hfcompress.errors import CheckpointError, CompressionError, ConfigError
 from hfcompress.methods.low_rank import low_rank
-from hfcompress.methods.low_rank.curvature import output_curvature
+from hfcompress.methods.low_rank.curvature import output_curvature, temperature_of
 from hfcompress.methods.low_rank.maths import energies, truncate
 from hfcompress.methods.low_rank.ranks import Curve, allocate, is_smaller, rank_for, size_of
 from hfcompress.methods.probing import Probe
@@ -234,7 +234,10 @@ def test_it_foretells_how_far_the_predictions_move(family: str) -> None:
         ids = torch.randint(5, model.config.vocab_size - 1, batch["input_ids"].shape, generator=generator)
         data.append({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
     with torch.no_grad():
-        model.get_output_embeddings() and model.get_output_embeddings().weight.mul_(5)
+        if family == "bert":
+            model.classifier.weight.mul_(0.1)  # not so sure that it is asked at another temperature
+        else:
+            model.lm_head.weight.mul_(5)
     path = modules_of(model, ("ffn_output",))[-1]
     moment = input_statistics(model, [path], data)[path].second_moment.double()
     curvature = output_curvature(model, [path], data * 4)[path].double()
@@ -249,6 +252,25 @@ def test_it_foretells_how_far_the_predictions_move(family: str) -> None:
             layer.weight -= change
         told += weighed_error(change, moment, curvature) / 2
     assert 0.5 < told / found < 2
+
+
+def test_a_sure_model_is_asked_at_the_temperature_at_which_it_is_less_so() -> None:
+    model, data = tiny_classifier(), batches(2)
+    with torch.no_grad():
+        model.classifier.weight.mul_(200)
+        model.classifier.bias.mul_(200)
+        logits_of_first = model(**data[0]).logits
+    heat = temperature_of(logits_of_first)
+    assert heat > 2
+    assert (logits_of_first / heat).softmax(-1).amax(-1).mean().item() == pytest.approx(0.6, abs=1e-3)
+    assert temperature_of(logits_of_first / heat) == 1.0
+    paths = modules_of(model, ("ffn_output",))
+    sure = output_curvature(model, paths, data)
+    with torch.no_grad():
+        model.classifier.weight.div_(heat)
+        model.classifier.bias.div_(heat)
+    for path, found in output_curvature(model, paths, data).items():
+        torch.testing.assert_close(sure[path], found, rtol=1e-3, atol=1e-8)
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,9 @@ from hfcompress.modeling.anatomy import base_model
 _SEED = 0
 # Tokens at once: a language model predicts a whole vocabulary at each, and several copies of that are needed.
 _TOKENS = 4096
+# How sure of its likeliest answer a model may be on average. Where it is surer, its gradients come from the few rows
+# that it doubts, and say nothing of changes as large as the loss of half the parameters.
+_SURE = 0.6
 
 
 def output_curvature(model: PreTrainedModel, paths: Sequence[str], batches: Sequence[Batch]) -> dict[str, torch.Tensor]:
@@ -27,6 +30,7 @@ def output_curvature(model: PreTrainedModel, paths: Sequence[str], batches: Sequ
     The gradients are those of the loss on answers drawn from the model's own predictions, so that with the second
     moments of the inputs these are the two Kronecker factors of the Fisher information (Martens and Grosse 2015), and
     half of `tr(C D S Dᵀ)` is the divergence, in nats a prediction, that a small change D of the weights brings about.
+    A model that is very sure is asked at the temperature at which it is less so (`temperature_of`).
     Of a model without a head it is a squared change of its hidden states, relative to their size. Labels are not read.
     A layer that the predictions do not depend on has a curvature of zero.
 
@@ -62,7 +66,7 @@ def output_curvature(model: PreTrainedModel, paths: Sequence[str], batches: Sequ
 
         return hook
 
-    total = 0
+    total, temperatures = 0, []
     generator = torch.Generator().manual_seed(_SEED)
     wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
     with ExitStack() as stack, torch.enable_grad(), evaluating(model):
@@ -73,7 +77,7 @@ def output_curvature(model: PreTrainedModel, paths: Sequence[str], batches: Sequ
             stack.callback(base.get_submodule(path).register_forward_hook(watch(path)).remove)
         for batch in each_batch(model, batches, "curvature"):
             for part in _parts(batch):
-                loss, count = _drawn_loss(model, part, generator)
+                loss, count = _drawn_loss(model, part, generator, temperatures)
                 if loss.requires_grad:
                     loss.backward()
                 total += count
@@ -97,22 +101,48 @@ def _parts(batch: Batch) -> Iterator[Batch]:
         yield {name: value[start : start + rows] for name, value in batch.items()}
 
 
-def _drawn_loss(model: PreTrainedModel, batch: Batch, generator: torch.Generator) -> tuple[torch.Tensor, int]:
-    """Returns the loss on answers drawn from what the model predicts, summed, and how many there are."""
+def temperature_of(logits: torch.Tensor) -> float:
+    """Returns the least temperature, from 1 to 100, at which the likeliest answer has 0.6 or less on average.
+
+    Args:
+        logits: `(..., classes)`.
+    """
+    low, high = 1.0, 100.0
+    if logits.softmax(-1).amax(-1).mean() <= _SURE:
+        return low
+    for _ in range(20):
+        middle = (low * high) ** 0.5
+        if (logits / middle).softmax(-1).amax(-1).mean() > _SURE:
+            low = middle
+        else:
+            high = middle
+    return high
+
+
+def _drawn_loss(
+    model: PreTrainedModel, batch: Batch, generator: torch.Generator, temperatures: list[float]
+) -> tuple[torch.Tensor, int]:
+    """Returns the loss on answers drawn from what the model predicts, summed, and how many there are.
+
+    The first batch fills `temperatures`, one for each of the outputs, for all.
+    """
     outputs: Any = model(**{name: value for name, value in batch.items() if name != "labels"})
     found = [outputs[name] for name in ("logits", "start_logits", "end_logits") if outputs.get(name) is not None]
     if not found:
         hidden = next(each for each in outputs.to_tuple() if isinstance(each, torch.Tensor) and each.dim() > 1)
         rows = _rows(hidden, batch)
         return (rows * _noise(rows, generator)).sum() / rows.detach().square().sum(-1).mean().sqrt(), len(rows)
-    losses = [_of_logits(_rows(logits, batch), generator) for logits in found]
-    return torch.stack(losses).sum(), sum(len(_rows(logits, batch)) for logits in found[:1])
+    rows = [_rows(logits, batch) for logits in found]
+    if not temperatures:
+        temperatures += [temperature_of(each.detach()) for each in rows]
+    losses = [_of_logits(each, heat, generator) for each, heat in zip(rows, temperatures, strict=True)]
+    return torch.stack(losses).sum(), len(rows[0])
 
 
-def _of_logits(logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+def _of_logits(logits: torch.Tensor, temperature: float, generator: torch.Generator) -> torch.Tensor:
     if logits.shape[-1] == 1:  # a number, as good as one of unit variance
         return (logits * _noise(logits, generator)).sum()
-    logs = logits.log_softmax(-1)
+    logs = (logits / temperature).log_softmax(-1)
     drawn = torch.multinomial(logs.detach().exp().cpu(), 1, generator=generator).to(logs.device)
     return -logs.gather(-1, drawn).sum()
 
