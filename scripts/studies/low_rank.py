@@ -219,19 +219,19 @@ def run(asked: argparse.Namespace) -> None:
 # After training
 
 
-def train(model: Any, blocks: Blocks, seconds: float, seed: int) -> int:
+def train(model: Any, blocks: Blocks, seconds: float, seed: int, rate: float = RECOVERY["learning_rate"]) -> int:
     """Trains all parameters on blocks for a time; returns the number of steps. The same for every model.
 
     Pivoted layers are trained as hfcompress's Trainer does it: as two factors, which are pivoted in the end.
     """
     model = model.float().train()
     pivoted = in_two_factors(model)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=RECOVERY["learning_rate"], weight_decay=0.0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.0)
     generator, step, started = torch.Generator().manual_seed(seed), 0, time.thread_time()
     while (spent := time.thread_time() - started) < seconds:
         left = 1 - spent / seconds  # the rate falls with the time that is used up
         for group in optimizer.param_groups:
-            group["lr"] = RECOVERY["learning_rate"] * min(1.0, (step + 1) / RECOVERY["warmup"]) * left
+            group["lr"] = rate * min(1.0, (step + 1) / RECOVERY["warmup"]) * left
         rows = blocks[torch.randint(len(blocks), (int(RECOVERY["batch"]),), generator=generator)]
         with torch.autocast("cpu", torch.bfloat16):
             loss = model(input_ids=rows, labels=rows).loss
@@ -271,11 +271,12 @@ def recover(asked: argparse.Namespace) -> None:
             if not pending(read(), point):
                 continue
             model = material.load() if arm == "original" else factorized_once(material, arm, removed, statistics)
-            steps = train(model, material.training, asked.seconds, seed)
+            rate = RECOVERY["learning_rate"] if arm == "original" else asked.rate
+            steps = train(model, material.training, asked.seconds, seed, rate)
             found = perplexity(model.to(torch.bfloat16), blocks)
             bases = [row for row in read() if not pending([row], point | {"arm": "original", "removed": 0.0})]
             ratio = {"ratio": round(found / bases[0]["perplexity"], 4)} if bases else {}
-            write(point | {"steps": steps, "perplexity": found} | ratio)
+            write(point | {"rate": rate, "steps": steps, "perplexity": found} | ratio)
 
 
 # What came of it
@@ -319,6 +320,7 @@ def arguments() -> argparse.Namespace:
         command.add_argument("--calibration", type=int, default=CALIBRATION_BLOCKS, help="blocks to fit to")
     command = commands.choices["recover"]
     command.add_argument("--seeds", nargs="+", type=int, default=[0])
+    command.add_argument("--rate", type=float, default=RECOVERY["learning_rate"], help="of what is factorised")
     command.add_argument("--seconds", type=float, default=RECOVERY["seconds"])
     return parser.parse_args()
 
