@@ -73,18 +73,19 @@ def _introduction(report: Report) -> str:
     task, last = task_of(report.task, report.recipe), report.rows[-1]
     part = f"the `{task.dataset_config}` part of " if task.dataset_config else ""
     where = f"{part}{task.dataset}" if on_hub(task) else escape(task.dataset)
+    made = "compressed" if any(row.methods for row in report.rows) else "fine-tuned"
+    title = f"# {escape(report.name)}\n\n{_base(report.base_model)}, {made} with hfcompress for the task"
+    title = f"{title} {escape(report.task)} ({where})."
+    if len(report.rows) == 1:
+        return f"{title} Its {escape(report.metric)} is **{number(last.metrics[report.metric])}**."
     facts = [
         f"{ratio(report.rows[0].bytes, last.bytes)} smaller on disk",
         f"{number(last.retention, '.1%')} of the {escape(report.metric)} kept",
     ]
     if last.speed is not None:
         facts.append(f"speed-up {speed_up(last)}")
-    return (
-        f"# {escape(report.name)}\n\n"
-        f"{_base(report.base_model)}, compressed with hfcompress for the task {escape(report.task)} "
-        f"({where}).\n\n"
-        f"Against the {'teacher' if report.recipe.get('teacher') else 'original'}: **{'; '.join(facts)}**."
-    )
+    against = "teacher" if report.recipe.get("teacher") else "original"
+    return f"{title}\n\nAgainst the {against}: **{'; '.join(facts)}**."
 
 
 def _base(model: str) -> str:
@@ -98,7 +99,8 @@ def _base(model: str) -> str:
 def _steps(report: Report) -> str:
     teacher = report.recipe.get("teacher")
     first = f"{_base(teacher)}, the teacher" if teacher else "the original"
-    lines = [f"1. **{escape(report.rows[0].name)}**: {first}, which the others are compared with"]
+    first = f"{first}, which the others are compared with" if len(report.rows) > 1 else "fine-tuning"
+    lines = [f"1. **{escape(report.rows[0].name)}**: {first}"]
     for place, row in enumerate(report.rows[1:], start=2):
         what = escape(", ".join(row.methods) or "fine-tuning")
         lines.append(f"{place}. **{escape(row.name)}**: {what} ({number(row.seconds, '.0f', ' s')})")

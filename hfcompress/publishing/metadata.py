@@ -56,7 +56,10 @@ class Source:
 
 
 DEMO_MODELS: Mapping[str, Source] = MappingProxyType(
-    {"demo/minilm-l6": Source(hub_id="sentence-transformers/all-MiniLM-L6-v2", license=License(id="apache-2.0"))}
+    {
+        "demo/minilm-l6": Source(hub_id="sentence-transformers/all-MiniLM-L6-v2", license=License(id="apache-2.0")),
+        "demo/mpnet-base": Source(hub_id="sentence-transformers/all-mpnet-base-v2", license=License(id="apache-2.0")),
+    }
 )
 
 

@@ -67,6 +67,14 @@ def test_without_quantization_it_is_a_finetune(report: Report) -> None:
     assert "license" not in data
 
 
+def test_a_model_that_was_only_fine_tuned_is_compared_with_nothing(report: Report) -> None:
+    first = replace(report.rows[0], methods=())
+    text = card_of_report(replace(report, rows=(first,)), quant_method=None)
+    assert "fine-tuned with hfcompress" in text and "compressed with hfcompress" not in text
+    assert f"Its accuracy is **{first.metrics['accuracy']:.4f}**." in text
+    assert "Against the original" not in text and "which the others are compared with" not in text
+
+
 def test_a_demo_model_names_its_source(report: Report) -> None:
     demo = replace(report, base_model="demo/minilm-l6", task="demo/movie-reviews")
     card = card_of_report(demo, quant_method="hfcompress", license=find_license(demo.base_model))
