@@ -99,9 +99,10 @@ def _base(model: str) -> str:
 def _steps(report: Report) -> str:
     teacher = report.recipe.get("teacher")
     first = f"{_base(teacher)}, the teacher" if teacher else "the original"
-    first = f"{first}, which the others are compared with" if len(report.rows) > 1 else "fine-tuning"
-    lines = [f"1. **{escape(report.rows[0].name)}**: {first}"]
-    for place, row in enumerate(report.rows[1:], start=2):
+    original, *others = report.rows
+    first = f"{first}, which the others are compared with" if others else "fine-tuning"
+    lines = [f"1. **{escape(original.name)}**: {first}"]
+    for place, row in enumerate(others, start=2):
         what = escape(", ".join(row.methods) or "fine-tuning")
         lines.append(f"{place}. **{escape(row.name)}**: {what} ({number(row.seconds, '.0f', ' s')})")
     recipe = yaml.safe_dump(json.loads(json.dumps(report.recipe)), sort_keys=False, allow_unicode=True)
