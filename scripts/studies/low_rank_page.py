@@ -8,6 +8,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from scripts.studies.low_rank import RECOVERY
 from scripts.studies.material import ROOT, TASKS, results_file
 
 PAGE = ROOT / "docs" / "low_rank.md"
@@ -105,15 +106,17 @@ def _recovered(rows: Sequence[Row]) -> str:
         mine = [row for row in rows if (row["arm"], row["removed"]) == (arm, share)]
         found = [row["perplexity"] for row in mine]
         ratios = [row["ratio"] for row in mine if "ratio" in row and arm != "original"]
-        spread = f"{mean(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})" if ratios else "1"
+        spread = f"{mean(ratios):.3f}" if ratios else "1"
+        spread += f" ({min(ratios):.3f} to {max(ratios):.3f})" if len(ratios) > 1 else ""
         name = "the original" if arm == "original" else _name(arm, [])
-        lines.append([name, f"{share:.0%}", str(len(mine)), f"{mean(found):.2f}", spread])
+        rate = f"{mine[0].get('rate', RECOVERY['learning_rate']):.0e}"
+        lines.append([name, f"{share:.0%}", rate, str(len(mine)), f"{mean(found):.2f}", spread])
     seconds = rows[0]["seconds"]
     return f"""After {seconds / 60:.0f} minutes of training by one thread on the text that was fitted to, the original
 trained alike. A seed is an order of the blocks; a ratio is that of the same seed, and the least and the most of them
 stand beside the mean.
 
-{table(["", "removed", "seeds", "perplexity", "over the original's"], lines)}
+{table(["", "removed", "learning rate", "seeds", "perplexity", "over the original's"], lines)}
 """
 
 
@@ -235,7 +238,8 @@ do, probably because the error of one output is passed on to all that are made o
 
 
 def _claims() -> str:
-    rows = [row for row in read("low_rank_encoders.jsonl") if "claim" in row]
+    found = [row for row in read("low_rank_encoders.jsonl") if "claim" in row]
+    rows = list({(row["claim"], row["arm"], row.get("task")): row for row in found}.values())  # the last of each
     if not rows:
         return ""
     seconds = [row for row in rows if row["claim"].startswith("seconds")]

@@ -25,7 +25,7 @@ CONTRACT = ("bert", "roberta", "distilbert", "electra", "mpnet", "vit", "gpt2", 
 def some_of(family: str) -> list[Cell]:
     """Returns two of a family's cells: each family another two methods, so that every method has its turn."""
     position = list(FAMILIES).index(family)
-    cells = [cell for cell in POSSIBLE if cell.family == family]
+    cells = [cell for cell in POSSIBLE if cell.family == family and cell.method in HERE]
     found: list[Cell] = []
     for turn in (position, position + 5):
         wanted = HERE[turn % len(HERE)]

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from hfcompress.errors import CompressionError
-from hfcompress.modeling import surgery
+from hfcompress.modeling import depth, surgery
 from hfcompress.modeling.anatomy import attention_blocks, base_model, feed_forward_blocks, linear_layers
 from hfcompress.modeling.checkpoint import commit
 from hfcompress.modeling.layers.low_rank import LowRankLinear
@@ -28,9 +28,9 @@ FIRST_GOES = [name for name in FAMILIES if name not in ("modernbert", "albert")]
 def drop(model: Any, kept: list[int]) -> dict[str, list[int]]:
     """Drops layers of every stack, of the second one another number; returns what each kept."""
     chosen: dict[str, list[int]] = {}
-    for place, (stack, depth) in enumerate(surgery.stack_depths(model).items()):
-        left = kept if place == 0 else [depth - 1] if len(kept) > 1 else [0, depth - 1]
-        surgery.drop_layers(model, left, stack=stack)
+    for place, (stack, count) in enumerate(depth.stack_depths(model).items()):
+        left = kept if place == 0 else [count - 1] if len(kept) > 1 else [0, count - 1]
+        depth.drop_layers(model, left, stack=stack)
         chosen[stack] = left
     return chosen
 
@@ -57,7 +57,7 @@ WEIGHING = [("whisper", "AudioClassification"), ("wav2vec2", "SequenceClassifica
 def test_heads_that_weigh_layers_weigh_those_left(family: str, head: str, tmp_path: Path) -> None:
     model = make(family, head)
     weights = model.layer_weights.detach().clone()
-    surgery.drop_layers(model, [0, 2])
+    depth.drop_layers(model, [0, 2])
     assert torch.equal(model.layer_weights, weights[[0, 1, 3]])
     commit(model)
     inputs = inputs_for(family, head)
@@ -105,10 +105,10 @@ def test_the_first_layer_goes(family: str, tmp_path: Path) -> None:
     """What it alone had (a position bias) is carried on, also when heads were removed before."""
     model = make(family)
     drop(model, [0, 2])
-    stack = next(iter(surgery.stack_depths(model)))
+    stack = next(iter(depth.stack_depths(model)))
     fresh = make(family)
     uneven(fresh, by="pruning")
-    surgery.drop_layers(fresh, [1, 2], stack=stack)
+    depth.drop_layers(fresh, [1, 2], stack=stack)
     commit(fresh)
     expected = run(fresh, inputs_for(family))
     assert not close(expected, run(model, inputs_for(family)))
@@ -118,7 +118,7 @@ def test_the_first_layer_goes(family: str, tmp_path: Path) -> None:
 def test_the_bias_of_the_first_layer_is_carried_on() -> None:
     model = make("t5", "EncoderModel")
     identity = copy.deepcopy(model)
-    surgery.drop_layers(model, [1, 2])
+    depth.drop_layers(model, [1, 2])
     for block in [attention_blocks(identity)[0], feed_forward_blocks(identity)[0]]:
         zero(block, list(range(24))[: 4 if hasattr(block, "heads") else 24])
     assert close(run(model, inputs_for("t5", "EncoderModel")), run(identity, inputs_for("t5", "EncoderModel")))
@@ -141,8 +141,8 @@ def test_shallow_models_generate(family: str, head: str, kept: list[int], tmp_pa
 
 def test_a_stack_with_a_config_of_its_own_knows_its_depth(tmp_path: Path) -> None:
     model = make("t5")
-    surgery.drop_layers(model, [0, 1], stack="encoder.block")
-    surgery.drop_layers(model, [2], stack="decoder.block")
+    depth.drop_layers(model, [0, 1], stack="encoder.block")
+    depth.drop_layers(model, [2], stack="decoder.block")
     commit(model)
     for each in (model, reload(model, tmp_path)):
         assert (each.config.num_layers, each.config.num_decoder_layers) == (2, 1)
@@ -151,17 +151,17 @@ def test_a_stack_with_a_config_of_its_own_knows_its_depth(tmp_path: Path) -> Non
 
 def test_a_first_layer_that_is_unlike_the_others_stays() -> None:
     with pytest.raises(CompressionError, match=r"layer 0 .* must stay"):
-        surgery.drop_layers(make("modernbert"), [1, 2])
+        depth.drop_layers(make("modernbert"), [1, 2])
 
 
 def test_layers_that_compute_by_their_number_stay() -> None:
     with pytest.raises(CompressionError, match="scale_attn_by_inverse_layer_idx"):
-        surgery.drop_layers(make("gpt2", scale_attn_by_inverse_layer_idx=True), [0, 2])
+        depth.drop_layers(make("gpt2", scale_attn_by_inverse_layer_idx=True), [0, 2])
 
 
 def test_groups_of_shared_layers_stay() -> None:
     with pytest.raises(CompressionError, match="one group"):
-        surgery.drop_layers(make("albert", num_hidden_groups=3), [0, 2])
+        depth.drop_layers(make("albert", num_hidden_groups=3), [0, 2])
 
 
 def test_shared_groups_are_pruned_each(tmp_path: Path) -> None:
@@ -178,17 +178,17 @@ def test_shared_groups_are_pruned_each(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kept", [[], [1, 0], [0, 0], [-1, 0], [0, LAYERS]])
 def test_kept_layers_are_checked(kept: list[int]) -> None:
     with pytest.raises(CompressionError, match="ascending numbers from 0 to 2"):
-        surgery.drop_layers(make("bert"), kept)
+        depth.drop_layers(make("bert"), kept)
 
 
 def test_the_stack_is_named_where_there_are_several() -> None:
     model = make("bart")
     with pytest.raises(CompressionError, match=r"name one: encoder\.layers, decoder\.layers"):
-        surgery.drop_layers(model, [0])
+        depth.drop_layers(model, [0])
     with pytest.raises(CompressionError, match="no stack 'decoder'"):
-        surgery.drop_layers(model, [0], stack="decoder")
-    surgery.drop_layers(model, [0], stack="decoder.layers")
-    assert surgery.stack_depths(model) == {"encoder.layers": 3, "decoder.layers": 1}
+        depth.drop_layers(model, [0], stack="decoder")
+    depth.drop_layers(model, [0], stack="decoder.layers")
+    assert depth.stack_depths(model) == {"encoder.layers": 3, "decoder.layers": 1}
 
 
 @pytest.mark.parametrize("family", ["bert", "llama", "gpt2", "t5"])
