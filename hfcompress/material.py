@@ -118,7 +118,7 @@ class Material:
 
     def _unlabelled(self, folder: str) -> Dataset:
         """Reads rows without labels; where the kind wants the column it is there, and nobody reads it."""
-        if not (self.kind.labelled and self.kind.reads == "text" and self.kind.flips and self.task.label):
+        if self.kind.name != "classification" or not self.task.label:
             raise DataError("unlabelled: is for tasks in which each text has a class", hint="Leave `unlabelled` out.")
         splits = read_splits(self.task, folder, progress=False)
         if self.training_split not in splits:
@@ -127,8 +127,8 @@ class Material:
         if missing := [name for name in self.task.columns if name not in rows.column_names]:
             raise DataError(f"unlabelled: the rows of {folder} lack the column '{missing[0]}'")
         labels = self.data[self.training_split].features[self.task.label]
-        rows = rows.select_columns(list(self.task.columns)).add_column(self.task.label, [0] * len(rows))  # type: ignore[call-arg]
-        return rows.cast_column(self.task.label, labels)
+        bare: Any = rows.select_columns(list(self.task.columns))
+        return bare.add_column(self.task.label, [0] * len(rows)).cast_column(self.task.label, labels)
 
     def labelled(self, model: PreTrainedModel, rows: Dataset) -> Dataset:
         """Returns rows with the model's own label ids."""

@@ -23,7 +23,7 @@ from hfcompress.methods.registry import Batch, Context, Method, register
 from hfcompress.methods.statistics import each_batch, real_rows
 from hfcompress.modeling.anatomy import architecture_of, attention_blocks, base_model, feed_forward_blocks
 from hfcompress.modeling.checkpoint import commit
-from hfcompress.modeling.depth import drop_layers, stack_depths
+from hfcompress.modeling.depth import drop_layers, evenly, stack_depths
 from hfcompress.modeling.surgery import remove_block, require_removable
 
 
@@ -44,12 +44,6 @@ class LayerDroppingConfig(Config):
     part: Literal["layers", "attention", "ffn"] = "layers"
     which: Literal["auto", "importance", "first", "last", "spread"] = "auto"
     stack: str | None = None
-
-
-def spread(depth: int, drop: int) -> list[int]:
-    """Returns the layers that stay when `drop` of `depth` go evenly: ascending, the first always among them."""
-    kept = depth - drop
-    return [number * depth // kept for number in range(kept)]
 
 
 def least_important(depth: int, drop: int, cost: Callable[[tuple[int, ...]], dict[int, float]]) -> list[int]:
@@ -184,7 +178,7 @@ def _choose(
     findings: dict[str, Any] = {"which": which, "of": count}
     if which != "importance" or skip is None:
         ranges = {"first": range(config.drop, count), "last": range(count - config.drop)}
-        return spread(count, config.drop) if which == "spread" else list(ranges[which]), findings
+        return evenly(count, count - config.drop) if which == "spread" else list(ranges[which]), findings
     if not context.calibration:
         raise CompressionError(
             "which: importance needs calibration data, and there is none",

@@ -7,12 +7,11 @@ been taught: a step with `distillation` goes after it.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, Literal, cast
 
 import torch
 from pydantic import Field
-from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -26,9 +25,11 @@ from hfcompress.modeling.anatomy import (
     feed_forward_blocks,
     find,
     layer_lists,
+    prefix_of,
 )
-from hfcompress.modeling.architectures import Projection, Stack
+from hfcompress.modeling.architectures import Projection
 from hfcompress.modeling.checkpoint import commit
+from hfcompress.modeling.depth import evenly
 from hfcompress.modeling.measure import count_parameters
 from hfcompress.modeling.structure import describe
 
@@ -52,9 +53,8 @@ class StudentConfig(Config):
     initialisation: Literal["weight_selection", "truncated_svd", "random"] = "weight_selection"
 
 
-def evenly(count: int, kept: int) -> torch.Tensor:
-    """Returns `kept` of `count` places, evenly spaced and the first among them, int64 `(kept,)`."""
-    return torch.arange(kept) * count // kept
+def _evenly(count: int, kept: int) -> _Choice:
+    return torch.tensor(evenly(count, kept))
 
 
 def principal_directions(table: torch.Tensor, count: int) -> torch.Tensor:
@@ -119,8 +119,9 @@ def student(model: PreTrainedModel, config: StudentConfig, context: Context) -> 
     smaller = cast(Any, _build(model, own | sizes)).to(model.dtype)
     anew = [name for name, _ in smaller.named_parameters()]
     if config.initialisation != "random":
-        mixing = config.initialisation == "truncated_svd"
-        anew = _fill(smaller, model, _directions(model, int(smaller.config.hidden_size)) if mixing else None)
+        width = int(base_model(smaller).config.hidden_size)
+        mixing = config.initialisation == "truncated_svd" and width < base_model(model).config.hidden_size
+        anew = _fill(smaller, model, _directions(model, width) if mixing else None)
     _become(model, smaller)
     commit(model)
     return {
@@ -148,7 +149,7 @@ def _build(model: PreTrainedModel, sizes: Mapping[str, int]) -> PreTrainedModel:
     for stack in architecture_of(model).stacks:
         for field in stack.per_layer_fields if stack.depth in sizes else ():
             if (values := getattr(config, field, None)) is not None:
-                setattr(config, field, [values[at] for at in evenly(len(values), sizes[stack.depth]).tolist()])
+                setattr(config, field, [values[at] for at in evenly(len(values), sizes[stack.depth])])
     for name, size in sizes.items():
         setattr(config, name, size)
     try:
@@ -170,7 +171,7 @@ def _directions(model: PreTrainedModel, width: int) -> torch.Tensor:
             "truncated_svd needs a table of embeddings as wide as the hidden width, which this model has not",
             hint="Use initialisation: weight_selection.",
         )
-    return torch.eye(own) if width == own else principal_directions(table, width)
+    return principal_directions(table, width)
 
 
 # What becomes what
@@ -181,15 +182,16 @@ def _fill(smaller: PreTrainedModel, model: PreTrainedModel, directions: torch.Te
 
     That is what the family puts between embeddings and layers only where their widths differ (ELECTRA).
     """
-    sources, of_blocks = dict(_tensors(model)), _of_blocks(smaller, model)
+    places = _Places(smaller, model)
+    sources, of_blocks = model.state_dict(keep_vars=True), _of_blocks(smaller, model, places)
     width = (int(base_model(model).config.hidden_size), int(base_model(smaller).config.hidden_size))
     done: set[int] = set()
     anew: list[str] = []
-    for name, target in _tensors(smaller):
+    for name, target in smaller.state_dict(keep_vars=True).items():
         if id(target) in done or not target.is_floating_point():
             continue
         done.add(id(target))
-        if (place := _place(name, smaller, model)) not in sources:
+        if (place := places[name]) not in sources:
             anew.append(name)
             continue
         source = sources[place].detach()
@@ -198,7 +200,7 @@ def _fill(smaller: PreTrainedModel, model: PreTrainedModel, directions: torch.Te
             choice = of_blocks.get((name, dim))
             if choice is None and has != wants:
                 mixed = directions is not None and (has, wants) == width
-                choice = directions if mixed else evenly(has, wants)
+                choice = directions if mixed else _evenly(has, wants)
             if choice is not None:
                 source = _choose(source, dim, choice.square() if is_scale and choice.dim() == 2 else choice)
         with torch.no_grad():
@@ -209,37 +211,34 @@ def _fill(smaller: PreTrainedModel, model: PreTrainedModel, directions: torch.Te
 def _choose(source: torch.Tensor, dim: int, choice: _Choice) -> torch.Tensor:
     if choice.dim() == 1:
         return source.index_select(dim, choice.to(source.device))
-    mixtures = choice.to(source)
-    return torch.movedim(torch.tensordot(source, mixtures, dims=([dim], [0])), -1, dim)  # type: ignore[arg-type]
+    return (source.movedim(dim, -1) @ choice.to(source)).movedim(-1, dim)
 
 
-def _tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    yield from model.state_dict(keep_vars=True).items()
+class _Places:
+    """Tells which of the model's tensors one of the student's is taken from: that of an evenly spaced layer."""
+
+    def __init__(self, smaller: PreTrainedModel, model: PreTrainedModel) -> None:
+        depths = zip(_depths(smaller).items(), _depths(model).values(), strict=True)
+        self._layers = {path: evenly(has, wants) for (path, wants), has in depths}
+
+    def __getitem__(self, name: str) -> str:
+        for path, kept in self._layers.items():
+            if name.startswith(path):
+                number, _, rest = name.removeprefix(path).partition(".")
+                return f"{path}{kept[int(number)]}.{rest}"
+        return name
 
 
-def _stack_layers(model: PreTrainedModel) -> Iterator[tuple[Stack, str, int]]:
-    base = base_model(model)
-    prefix = "" if base is model else f"{model.base_model_prefix}."
-    for stack in architecture_of(model).stacks:
-        for path in () if stack.shared else layer_lists(model, stack):
-            layers: Any = base.get_submodule(path)
-            yield stack, f"{prefix}{path}.", len(layers)
+def _depths(model: PreTrainedModel) -> dict[str, int]:
+    """Returns how many layers each list of them has, by what their tensors' names begin with."""
+    stacks = [stack for stack in architecture_of(model).stacks if not stack.shared]
+    lists = [path for stack in stacks for path in layer_lists(model, stack)]
+    return {f"{prefix_of(model)}{path}.": len(cast(Any, base_model(model).get_submodule(path))) for path in lists}
 
 
-def _place(name: str, smaller: PreTrainedModel, model: PreTrainedModel) -> str:
-    """Returns which of the model's tensors one of the student's is taken from: that of an evenly spaced layer."""
-    pairs = zip(_stack_layers(smaller), _stack_layers(model), strict=True)
-    for (_, path, wants), (_, _, has) in pairs:
-        if name.startswith(path):
-            number, _, rest = name.removeprefix(path).partition(".")
-            return f"{path}{int(evenly(has, wants)[int(number)])}.{rest}"
-    return name
-
-
-def _of_blocks(smaller: PreTrainedModel, model: PreTrainedModel) -> _Choices:
+def _of_blocks(smaller: PreTrainedModel, model: PreTrainedModel, places: _Places) -> _Choices:
     """Chooses whole heads and neurons, where evenly spaced entries would mix heads or the parts of fused layers."""
-    base = base_model(smaller)
-    prefix = "" if base is smaller else f"{smaller.base_model_prefix}."
+    base, prefix = base_model(smaller), prefix_of(smaller)
     attentions = {f"{prefix}{block.name}": block for block in attention_blocks(model)}
     choices: _Choices = {}
 
@@ -257,9 +256,9 @@ def _of_blocks(smaller: PreTrainedModel, model: PreTrainedModel) -> _Choices:
             say(path, 0, torch.cat(parts))
 
     for block in attention_blocks(smaller):
-        was = attentions[_place(f"{prefix}{block.name}", smaller, model)]
-        groups, dims = evenly(was.heads, block.heads), evenly(was.head_dim, block.head_dim)
-        members = evenly(was.queries_per_head, block.queries_per_head)
+        was = attentions[places[f"{prefix}{block.name}"]]
+        groups, dims = _evenly(was.heads, block.heads), _evenly(was.head_dim, block.head_dim)
+        members = _evenly(was.queries_per_head, block.queries_per_head)
         queries = (groups[:, None] * was.queries_per_head + members).flatten()
         of_heads = {role: (heads[:, None] * was.head_dim + dims).flatten() for role, heads in
                     (("query", queries), ("key", groups), ("value", groups))}  # fmt: skip
@@ -268,8 +267,8 @@ def _of_blocks(smaller: PreTrainedModel, model: PreTrainedModel) -> _Choices:
         say(block.path(block.spec.output), 1, of_heads["query"])
     neurons = {f"{prefix}{block.name}": block.neurons for block in feed_forward_blocks(model)}
     for block in feed_forward_blocks(smaller):
-        has = neurons[_place(f"{prefix}{block.name}", smaller, model)]
-        choice = evenly(has, block.neurons)
+        has = neurons[places[f"{prefix}{block.name}"]]
+        choice = _evenly(has, block.neurons)
         say_parts([(block.path(each.path), each, choice, has) for each in block.inputs])
         say(block.path(block.spec.output), 1, choice)
     return choices

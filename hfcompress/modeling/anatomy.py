@@ -40,6 +40,11 @@ def base_model(model: PreTrainedModel) -> PreTrainedModel:
     return cast(PreTrainedModel, model.base_model)
 
 
+def prefix_of(model: PreTrainedModel) -> str:
+    """Returns what stands before a path of the base model in the names of the whole model's tensors."""
+    return "" if base_model(model) is model else f"{model.base_model_prefix}."
+
+
 def architecture_of(model: PreTrainedModel) -> Architecture:
     """Returns where the model's family keeps its parts.
 

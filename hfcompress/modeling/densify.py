@@ -20,6 +20,7 @@ from hfcompress.modeling.anatomy import (
     base_model,
     blocks_and_gaps,
     feed_forward_blocks,
+    prefix_of,
 )
 from hfcompress.modeling.architectures import Projection, architectures
 from hfcompress.modeling.layers.bitsandbytes import dequantize, kind_of
@@ -118,8 +119,7 @@ def stock_twin(model: PreTrainedModel) -> PreTrainedModel:
         twin = type(model)(config)
     if model.can_generate():
         twin.generation_config = copy.deepcopy(model.generation_config)
-    base, twin_base = base_model(model), base_model(twin)
-    prefix = "" if base is model else f"{model.base_model_prefix}."
+    twin_base, prefix = base_model(twin), prefix_of(model)
     tensors = _plain_tensors(model, twin)
     if config.model_type in architectures():
         for attention in attention_blocks(model):

@@ -18,6 +18,11 @@ from hfcompress.modeling.anatomy import architecture_of, base_model, layer_lists
 from hfcompress.modeling.architectures import Stack
 
 
+def evenly(count: int, kept: int) -> list[int]:
+    """Returns `kept` of `count` places, evenly spaced: ascending, the first always among them."""
+    return [number * count // kept for number in range(kept)]
+
+
 def stack_depths(model: PreTrainedModel) -> dict[str, int]:
     """Returns how many layers run in each stack that this model has, by the stack's path."""
     base = base_model(model)

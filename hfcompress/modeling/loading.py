@@ -18,7 +18,7 @@ from transformers.activations import ACT2FN
 from transformers.utils.import_utils import is_flash_attn_2_available, is_flash_attn_3_available
 
 from hfcompress.errors import CheckpointError
-from hfcompress.modeling.anatomy import base_model
+from hfcompress.modeling.anatomy import base_model, prefix_of
 from hfcompress.modeling.architectures import architectures
 from hfcompress.modeling.headers import read_header
 from hfcompress.modeling.integrity import compare_config, compare_layout, read_seal
@@ -161,7 +161,7 @@ def require_exact_base(model: PreTrainedModel) -> None:
     """
     stock = model.mark_tied_weights_as_initialized
     base = base_model(model)
-    prefix = "" if base is model else f"{model.base_model_prefix}."
+    prefix = prefix_of(model)
     optional: tuple[str, ...] = ()
     if model.config.model_type in architectures():
         optional = architectures()[model.config.model_type].optional

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from hfcompress.errors import CompressionError
-from hfcompress.modeling.anatomy import AttentionBlock, attention_blocks, base_model, feed_forward_blocks
+from hfcompress.modeling.anatomy import AttentionBlock, attention_blocks, base_model, feed_forward_blocks, prefix_of
 from hfcompress.modeling.structure import describe
 from hfcompress.modeling.surgery import shrink_attention
 
@@ -142,7 +142,7 @@ def _head_counts(model: PreTrainedModel, fresh: PreTrainedModel) -> tuple[int, i
 def _head_dimensions(model: PreTrainedModel) -> set[tuple[str, int]]:
     """Returns the dimensions that are cut with the heads."""
     base = base_model(model)
-    prefix = "" if base is model else f"{model.base_model_prefix}."
+    prefix = prefix_of(model)
     found: set[tuple[str, int]] = set()
     for block in attention_blocks(model):
         if block.spec.head_dim_field is None:

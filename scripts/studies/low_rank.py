@@ -268,16 +268,15 @@ def recover(asked: argparse.Namespace) -> None:
     for seed in asked.seeds:
         for arm, removed in points:
             point = {"study": "recovered", "part": asked.part, "test_blocks": len(blocks), "arm": arm}
-            point |= {"removed": removed, "seconds": asked.seconds, "seed": seed}
+            point |= {"removed": removed, "seconds": asked.seconds, "seed": seed, "rate": asked.rate}
             if not pending(read(), point):
                 continue
             model = material.load() if arm == "original" else factorized_once(material, arm, removed, statistics)
-            rate = RECOVERY["learning_rate"] if arm == "original" else asked.rate
-            steps = train(model, material.training, asked.seconds, seed, rate)
+            steps = train(model, material.training, asked.seconds, seed, asked.rate)
             found = perplexity(model.to(torch.bfloat16), blocks)
             bases = [row for row in read() if not pending([row], point | {"arm": "original", "removed": 0.0})]
             ratio = {"ratio": round(found / bases[0]["perplexity"], 4)} if bases else {}
-            write(point | {"rate": rate, "steps": steps, "perplexity": found} | ratio)
+            write(point | {"steps": steps, "perplexity": found} | ratio)
 
 
 # What came of it
@@ -321,7 +320,7 @@ def arguments() -> argparse.Namespace:
         command.add_argument("--calibration", type=int, default=CALIBRATION_BLOCKS, help="blocks to fit to")
     command = commands.choices["recover"]
     command.add_argument("--seeds", nargs="+", type=int, default=[0])
-    command.add_argument("--rate", type=float, default=RECOVERY["learning_rate"], help="of what is factorised")
+    command.add_argument("--rate", type=float, default=RECOVERY["learning_rate"])
     command.add_argument("--seconds", type=float, default=RECOVERY["seconds"])
     return parser.parse_args()
 

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from scripts.studies.low_rank import RECOVERY
-from scripts.studies.material import ROOT, TASKS, results_file
+from scripts.studies import low_rank, low_rank_encoders
+from scripts.studies.material import ROOT, TASKS
 
 PAGE = ROOT / "docs" / "low_rank.md"
 LANGUAGE_MODEL, ENCODERS = PAGE.with_name("low_rank_language_model.png"), PAGE.with_name("low_rank_encoders.png")
 Row = dict[str, Any]
 Point = tuple[str, float]
 
+_CURVED = "whitened, weighed by the predictions' curvature"
 # What the names of the studies' arms mean, those of hfcompress's own combination last.
 ARMS = {
     "plain": "plain SVD",
@@ -25,27 +25,13 @@ ARMS = {
     "whitened, sequential": "whitened, layer after layer",
     "whitened, sequential, budget": "whitened, layer after layer, ranks by measured outputs",
     "whitened, budget": "whitened, ranks by measured outputs",
-    "curvature": "whitened, outputs weighed by the predictions' curvature",
-    "curvature, pivoted": "the same, pivoted factors",
-    "curvature, budget": "whitened, weighed by the predictions' curvature, ranks by it",
-    "curvature, budget, pivoted": "the same, pivoted factors",
-    "curvature, budget, pivoted, sequential": "the same, layer after layer",
-    "low rank": "low rank",
-    "pruning": "pruning",
-    "4 bits": "4 bits",
-    "low rank, 4 bits": "low rank, then 4 bits",
-    "pruning, 4 bits": "pruning, then 4 bits",
-    "pruning, low rank, 4 bits": "pruning, low rank, 4 bits",
+    "curvature": _CURVED,
+    "curvature, pivoted": f"{_CURVED}, pivoted factors",
+    "curvature, budget": f"{_CURVED}, ranks by it",
+    "curvature, budget, pivoted": f"{_CURVED}, ranks by it, pivoted factors",
+    "curvature, budget, pivoted, sequential": f"{_CURVED}, ranks by it, pivoted factors, layer after layer",
 }
-OURS = ("curvature, budget", "curvature, budget, pivoted")
-CURVES = ("plain", "fisher", "non-negative", "whitened", "whitened, budget", *OURS)
 HIGHEST = 30.0  # of the picture: what is above tells nothing more
-
-
-def read(name: str) -> list[Row]:
-    """Returns a study's rows, none where it was not run."""
-    file = results_file(name)
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -59,7 +45,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def language_model() -> str:
     """Returns the part on perplexity, and draws its picture; nothing where there are no rows."""
-    rows = [row for row in read("low_rank.jsonl") if row["part"] == "test"]
+    rows = [row for row in low_rank.read() if row["part"] == "test"]
     measured = [row for row in rows if row["study"] == "without training" and row["arm"] != "original"]
     if not measured:
         return ""
@@ -68,7 +54,7 @@ def language_model() -> str:
     ratios = {(row["arm"], row["removed"]): row["ratio"] for row in measured}
     arms = [arm for arm in ARMS if any(each == arm for each, _ in ratios)]
     head = ["share of the linear layers' parameters removed", *(f"{share:.0%}" for share in shares)]
-    lines = [[_name(arm, arms), *(_ratio(ratios.get((arm, share))) for share in shares)] for arm in arms]
+    lines = [[ARMS[arm], *(_ratio(ratios.get((arm, share))) for share in shares)] for arm in arms]
     blocks, calibration = base["test_blocks"], measured[0]["calibration_blocks"]
     text = f"""## A small language model
 
@@ -81,15 +67,6 @@ Ranks are multiples of 8, so that a fixed share removes 1 to 2 points more than 
     text += _recovered([row for row in rows if row["study"] == "recovered"])
     _draw_language_model(arms, ratios, shares)
     return f"{text}![Perplexity by method and share removed]({LANGUAGE_MODEL.name})\n\n"
-
-
-def _name(arm: str, arms: Sequence[str]) -> str:
-    """Returns what an arm is called, whole where the one that it continues is not there."""
-    name = ARMS[arm]
-    before = [each for each in ARMS if each in arms or each == arm]
-    if name.startswith("the same") and before.index(arm) == 0:
-        return f"{ARMS['curvature, budget']}{name.removeprefix('the same')}"
-    return f"{ARMS['curvature, budget']}{name.removeprefix('the same')}" if name.startswith("the same") else name
 
 
 def _ratio(value: float | None) -> str:
@@ -108,8 +85,8 @@ def _recovered(rows: Sequence[Row]) -> str:
         ratios = [row["ratio"] for row in mine if "ratio" in row and arm != "original"]
         spread = f"{mean(ratios):.3f}" if ratios else "1"
         spread += f" ({min(ratios):.3f} to {max(ratios):.3f})" if len(ratios) > 1 else ""
-        name = "the original" if arm == "original" else _name(arm, [])
-        rate = f"{mine[0].get('rate', RECOVERY['learning_rate']):.0e}"
+        name = "the original" if arm == "original" else ARMS[arm]
+        rate = f"{mine[0].get('rate', low_rank.RECOVERY['learning_rate']):.0e}"
         lines.append([name, f"{share:.0%}", rate, str(len(mine)), f"{mean(found):.2f}", spread])
     seconds = rows[0]["seconds"]
     return f"""After {seconds / 60:.0f} minutes of training by one thread on the text that was fitted to, the original
@@ -125,7 +102,7 @@ def _draw_language_model(arms: Sequence[str], ratios: dict[Point, float], shares
     for arm in arms:
         mine = [(100 * share, ratios[arm, share]) for share in shares if (arm, share) in ratios]
         if min(ratio for _, ratio in mine) < HIGHEST:
-            axes.plot(*zip(*mine, strict=True), marker="o", markersize=4, label=_name(arm, arms))
+            axes.plot(*zip(*mine, strict=True), marker="o", markersize=4, label=ARMS[arm])
     axes.set(xlabel="linear parameters removed, %", ylabel="perplexity / the original's", yscale="log")
     axes.set_yticks([1, 2, 5, 10, 20], ["1", "2", "5", "10", "20"])
     axes.set(xticks=[100 * share for share in shares], ylim=(0.9, HIGHEST))
@@ -141,7 +118,7 @@ def _draw_language_model(arms: Sequence[str], ratios: dict[Point, float], shares
 
 def encoders() -> str:
     """Returns the parts on fine-tuned encoders, and draws their picture; nothing where there are no rows."""
-    rows = [row for row in read("low_rank_encoders.jsonl") if row.get("data") == "whole"]
+    rows = [row for row in low_rank_encoders.read() if row.get("data") == "whole"]
     return _curves([row for row in rows if row["model"] == "mpnet-base"]) + _together(rows) + _claims()
 
 
@@ -150,13 +127,13 @@ def _value(row: Row) -> float:
 
 
 def _curves(rows: Sequence[Row]) -> str:
-    rows = [row for row in rows if row["arm"] in (*CURVES, "original") and "claim" not in row]
+    rows = [row for row in rows if row["arm"] in (*low_rank_encoders.CURVES, "original") and "claim" not in row]
     bases = {row["task"]: row for row in rows if row["arm"] == "original"}
     tasks = [task for task in TASKS if task in bases and any(row["task"] == task for row in rows if row["removed"])]
     if not tasks:
         return ""
     found = {(row["task"], row["arm"], row["removed"]): row for row in rows}
-    arms = [arm for arm in CURVES if any(each == arm for _, each, _ in found)]
+    arms = [arm for arm in low_rank_encoders.CURVES if any(each == arm for _, each, _ in found)]
     shares = sorted({share for _, _, share in found if share})
     head = ["points lost / time over the original's", *(f"{share:.0%}" for share in shares)]
     parts = [_CURVES.format(before=", ".join(f"{task} {100 * _value(bases[task]):.1f}" for task in tasks))]
@@ -167,7 +144,7 @@ def _curves(rows: Sequence[Row]) -> str:
             lost = [100 * (_value(bases[task]) - _value(cell)) if cell else None for cell in cells]
             times = [1 / cell["speed_up"][0] if cell else None for cell in cells]
             said = [f"{a:.1f} / {b:.2f}" if a is not None else "-" for a, b in zip(lost, times, strict=True)]
-            lines.append([_name(arm, arms), *said])
+            lines.append([ARMS[arm], *said])
         parts.append(f"{task}:\n\n{table(head, lines)}\n")
     _draw_encoders(tasks, arms, found, bases, shares)
     return "".join(parts) + f"![Quality against bytes and time]({ENCODERS.name})\n\n"
@@ -203,7 +180,7 @@ def _draw_encoders(
             mine = [found[task, arm, share] for share in shares if (task, arm, share) in found]
             kept = [_value(row) / _value(base) for row in mine]
             sizes, times = [row["bytes"] / base["bytes"] for row in mine], [1 / row["speed_up"][0] for row in mine]
-            name = _name(arm, arms) if column == 0 else None
+            name = ARMS[arm] if column == 0 else None
             axes[column].plot([1, *sizes], [1, *kept], marker="o", markersize=3, label=name)
             axes[len(tasks) + column].plot([1, *times], [1, *kept], marker="o", markersize=3)
         axes[column].set(title=task, xlabel="bytes / the original's", ylabel="quality / the original's")
@@ -213,8 +190,7 @@ def _draw_encoders(
 
 
 def _together(rows: Sequence[Row]) -> str:
-    arms = [arm for arm in ARMS if arm in ("low rank", "pruning") or "4 bits" in arm]
-    mine = [row for row in rows if row["arm"] in arms]
+    mine = [row for row in rows if row["arm"] in low_rank_encoders.TOGETHER]
     if not mine:
         return ""
     bases = {(row["model"], row["task"]): row for row in rows if row["arm"] == "original"}
@@ -223,9 +199,7 @@ def _together(rows: Sequence[Row]) -> str:
         base = bases[row["model"], row["task"]]
         size, lost = f"{row['bytes'] / 1e6:.1f} MB", f"{100 * (_value(base) - _value(row)):.1f}"
         share = f"{row['removed']:.0%}" if row["removed"] else "-"
-        lines.append(
-            [f"{row['model']}, {row['task']}", ARMS[row["arm"]], share, size, lost, f"{row['speed_up'][0]:.2f}"]
-        )
+        lines.append([f"{row['model']}, {row['task']}", row["arm"], share, size, lost, f"{row['speed_up'][0]:.2f}"])
     head = ["model", "steps", "layers' parameters removed", "on disk", "points lost", "speed-up"]
     return f"""## Together with pruning and 4 bits
 
@@ -238,7 +212,7 @@ do, probably because the error of one output is passed on to all that are made o
 
 
 def _claims() -> str:
-    found = [row for row in read("low_rank_encoders.jsonl") if "claim" in row]
+    found = [row for row in low_rank_encoders.read() if "claim" in row]
     rows = list({(row["claim"], row["arm"], row.get("task")): row for row in found}.values())  # the last of each
     if not rows:
         return ""

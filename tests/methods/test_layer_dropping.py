@@ -11,11 +11,12 @@ from transformers import AutoModelForSequenceClassification
 
 from hfcompress import LayerDroppingConfig, LowRankConfig, QuantizationConfig, StructuredPruningConfig, compress
 from hfcompress.errors import CheckpointError, CompressionError, ConfigError
-from hfcompress.methods.layer_dropping import layer_dropping, least_important, spread
+from hfcompress.methods.layer_dropping import layer_dropping, least_important
 from hfcompress.methods.registry import Context
 from hfcompress.modeling.anatomy import attention_blocks, feed_forward_blocks
 from hfcompress.modeling.checkpoint import needs_plugin
 from hfcompress.modeling.densify import stock_twin
+from hfcompress.modeling.depth import evenly
 from hfcompress.modeling.structure import rebuild
 from hfcompress.modeling.surgery import remove_block
 from tests.tiny_models import inputs_for, make, run
@@ -25,7 +26,7 @@ from tests.workshop import batches, logits, tiny_classifier
 @given(st.integers(2, 40), st.data())
 def test_what_is_spread_starts_at_the_first_and_has_even_gaps(depth: int, data: st.DataObject) -> None:
     drop = data.draw(st.integers(1, depth - 1))
-    kept = spread(depth, drop)
+    kept = evenly(depth, depth - drop)
     assert len(kept) == depth - drop and kept[0] == 0 and kept[-1] < depth
     gaps = {later - earlier for earlier, later in pairwise(kept)}
     assert not gaps or (max(gaps) - min(gaps) <= 1 and min(gaps) >= 1)

@@ -9,9 +9,10 @@ import torch
 from hfcompress import LowRankConfig, StudentConfig, compress
 from hfcompress.errors import CompressionError, ConfigError
 from hfcompress.methods.registry import Context
-from hfcompress.methods.student import evenly, principal_directions, sizes_of, student
+from hfcompress.methods.student import principal_directions, sizes_of, student
 from hfcompress.modeling.anatomy import attention_blocks
 from hfcompress.modeling.checkpoint import needs_plugin
+from hfcompress.modeling.depth import evenly
 from tests.tiny_models import CELLS, WIDTH, inputs_for, make, run
 
 # Their tables are of another width than the hidden one, or they read no words.
@@ -57,9 +58,9 @@ def test_every_family_is_begun_in_each_way(family: str) -> None:
 
 
 def test_places_are_evenly_spaced() -> None:
-    assert evenly(12, 4).tolist() == [0, 3, 6, 9]
-    assert evenly(5, 5).tolist() == [0, 1, 2, 3, 4]
-    assert evenly(7, 3).tolist() == [0, 2, 4]
+    assert evenly(12, 4) == [0, 3, 6, 9]
+    assert evenly(5, 5) == [0, 1, 2, 3, 4]
+    assert evenly(7, 3) == [0, 2, 4]
 
 
 def test_weights_are_selected_by_layer_head_neuron_and_dimension() -> None:

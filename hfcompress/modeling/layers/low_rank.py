@@ -268,7 +268,7 @@ def _reorder(outputs: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
     On CPUs `gather` with one index for all rows takes a tenth of the time of `index_select` along the last dimension.
     Graphs keep the latter, which compilers know how to merge and exporters write as one small table.
     """
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined]
+    if torch.compiler.is_compiling():
         return outputs.index_select(-1, places)
     return outputs.gather(-1, places.expand_as(outputs))
 
