@@ -63,13 +63,15 @@ def pruning(removed: float) -> StructuredPruningConfig:
 
 
 BEST: dict[str, Any] = {"size": "budget", "weigh_outputs": True, "pivoted": True, "sensitivity": "curvature"}
+# In pivoted form an output's rounding is passed on to all that are made of it.
+TWO_FACTORS = BEST | {"pivoted": False}
 FOUR_BITS = QuantizationConfig(weights="nf4", embeddings="int8")
 CURVES: dict[str, Arm] = {
     "plain": lambda share: [low_rank(share, method="svd")],
     "fisher": lambda share: [low_rank(share, method="fisher")],
     "whitened": lambda share: [low_rank(share, method="whitened")],
     "whitened, budget": lambda share: [low_rank(share, method="whitened", size="budget")],
-    "curvature, budget": lambda share: [low_rank(share, **BEST | {"pivoted": False})],
+    "curvature, budget": lambda share: [low_rank(share, **TWO_FACTORS)],
     "curvature, budget, pivoted": lambda share: [low_rank(share, **BEST)],
     "non-negative": lambda share: [low_rank(share, method="nmf")],
 }
@@ -78,12 +80,13 @@ TOGETHER: dict[str, Arm] = {
     "low rank": lambda share: [low_rank(share, **BEST)],
     "pruning": lambda share: [pruning(share)],
     "4 bits": lambda share: [FOUR_BITS],
-    "low rank, 4 bits": lambda share: [low_rank(share, **BEST), FOUR_BITS],
+    "low rank, 4 bits": lambda share: [low_rank(share, **TWO_FACTORS), FOUR_BITS],
+    "pivoted low rank, 4 bits": lambda share: [low_rank(share, **BEST), FOUR_BITS],
     "pruning, 4 bits": lambda share: [pruning(share), FOUR_BITS],
     # Half of the share by each.
     "pruning, low rank, 4 bits": lambda share: [
         pruning(1 - (1 - share) ** 0.5),
-        low_rank(1 - (1 - share) ** 0.5, **BEST),
+        low_rank(1 - (1 - share) ** 0.5, **TWO_FACTORS),
         FOUR_BITS,
     ],
 }

@@ -352,3 +352,16 @@ def test_a_sequential_update_leaves_gradients_on() -> None:
     model = compress(tiny_classifier(), [LowRankConfig(keep=0.5, sequential=True)], calibration=batches(2))
     assert torch.is_grad_enabled()
     model(**batches(1)[0]).loss.backward()
+
+
+def test_what_is_known_of_a_model_serves_several_made_of_it() -> None:
+    data, config = batches(), LowRankConfig(keep=0.5, multiple_of=1)
+    first = tiny_classifier(0)
+    known = learn(first, modules_of(first, config.targets), config, "whitened", data)
+    low_rank(first, config, Context(calibration=data))
+    again = tiny_classifier(0)
+    low_rank(again, config, Context(calibration=data), knowledge=known)
+    assert torch.equal(logits(first, data[0]), logits(again, data[0]))
+    plain = config.model_copy(update={"method": "svd"})
+    with pytest.raises(ValueError, match="knowledge is that of whitened, and the config asks for svd"):
+        low_rank(tiny_classifier(0), plain, Context(calibration=data), knowledge=known)

@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from hfcompress.configuration import Config
 
 Target = Literal["attention", "ffn", "query", "key", "value", "attention_output", "ffn_input", "ffn_output", "linear"]
+Method = Literal["whitened", "svd", "fisher", "nmf"]
 _SIZES = ("keep", "rank", "energy", "budget")
 
 
@@ -62,7 +63,7 @@ class LowRankConfig(Config):
     energy: float | None = Field(None, gt=0, lt=1)
     budget: float | None = Field(None, gt=0.2, lt=1)
     budget_of: Literal["parameters", "bytes", "flops", "latency"] = "parameters"
-    method: Literal["auto", "whitened", "svd", "fisher", "nmf"] = "auto"
+    method: Literal["auto"] | Method = "auto"
     weigh_outputs: bool = False
     pivoted: bool = False
     share: bool = False
@@ -73,6 +74,12 @@ class LowRankConfig(Config):
     sensitivity: Literal["outputs", "loss", "curvature"] = "outputs"
     sensitivity_batches: int = Field(2, ge=1)
     multiple_of: int = Field(8, ge=1, le=256)
+
+    def method_with(self, data: bool) -> Method:
+        """Returns the method, `auto` being `whitened` where there are calibration data, else `svd`."""
+        if self.method != "auto":
+            return self.method
+        return "whitened" if data or self.sequential else "svd"
 
     @model_validator(mode="before")
     @classmethod

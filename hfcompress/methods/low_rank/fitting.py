@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from hfcompress.errors import CompressionError
 from hfcompress.methods.low_rank import maths
-from hfcompress.methods.low_rank.config import LowRankConfig
+from hfcompress.methods.low_rank.config import LowRankConfig, Method
 from hfcompress.methods.statistics import InputStatistics
 from hfcompress.modeling.anatomy import base_model
 
@@ -59,7 +59,7 @@ class Knowledge:
     """What factors are fitted to.
 
     Attributes:
-        method: One of `svd`, `whitened`, `fisher`, `nmf`.
+        method: What makes the factors.
         inputs: Statistics by layer, where something is fitted to outputs.
         outputs: Second moments of what a layer gives without its bias, `(out, out)`: they say enough of layers with
             fewer outputs than inputs, and are sooner made.
@@ -67,7 +67,7 @@ class Knowledge:
         curvature: That of the loss by layer's outputs, `(out, out)`, where their errors are weighed.
     """
 
-    method: str
+    method: Method
     inputs: Mapping[str, InputStatistics] = field(default_factory=dict)
     outputs: Mapping[str, torch.Tensor] = field(default_factory=dict)
     fisher: Mapping[str, torch.Tensor] = field(default_factory=dict)

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from hfcompress.errors import CompressionError
 from hfcompress.methods.low_rank import maths
-from hfcompress.methods.low_rank.config import LowRankConfig
+from hfcompress.methods.low_rank.config import LowRankConfig, Method
 from hfcompress.methods.low_rank.costs import costs_of
 from hfcompress.methods.low_rank.curvature import output_curvature
 from hfcompress.methods.low_rank.embeddings import factorize_table, score_moment, token_table
@@ -51,17 +51,18 @@ def low_rank(
 
     Raises:
         CompressionError: A target is quantized or not finite, or calibration data is missing.
+        ValueError: The knowledge is that of another method.
     """
     if config.embeddings is not None:
         token_table(model)  # refuses before anything is done
     weighs = config.embeddings is not None and config.method in ("auto", "whitened")
     moment = score_moment(model, context.calibration) if weighs else None
     layers, done = float_layers(model, config)
-    method = config.method
-    if method == "auto":
-        method = "whitened" if context.calibration or config.sequential else "svd"
+    method = config.method_with(bool(context.calibration))
     if knowledge is None:
         knowledge = learn(model, list(layers), config, method, context.calibration)
+    elif knowledge.method != method:
+        raise ValueError(f"knowledge is that of {knowledge.method}, and the config asks for {method}")
     groups = groups_of(model, layers, config)
     ranks, measured = choose_ranks(model, groups, config, knowledge, context.calibration)
     plan = {group: rank for group in groups if (rank := ranks[group.name]) is not None}
@@ -110,7 +111,7 @@ def by_layer(plan: Mapping[Group, int]) -> dict[str, int]:
 
 
 def learn(
-    model: PreTrainedModel, paths: Sequence[str], config: LowRankConfig, method: str, batches: Sequence[Batch]
+    model: PreTrainedModel, paths: Sequence[str], config: LowRankConfig, method: Method, batches: Sequence[Batch]
 ) -> Knowledge:
     """Reads off the model what the factors of its layers are to be fitted to.
 
