@@ -174,7 +174,7 @@ class Bench:
     ) -> tuple[dict[str, Any], Training]:
         from hfcompress.methods.teaching.transfer import transfer_set
         from hfcompress.methods.trainer import CompressionTrainer
-        from hfcompress.methods.training import embeddings_as_they_are, training_arguments
+        from hfcompress.methods.training import training_arguments
 
         assert step.training is not None
         taught = any(method_of(config).name == "distillation" for config in step.methods)
@@ -202,8 +202,7 @@ class Bench:
             processing_class=cut.tokenizer,
         )
         examples = self._watch(trainer, model, cut)
-        with embeddings_as_they_are(model, not step.training.train_embeddings):
-            trainer.train(resume_from_checkpoint=True)
+        trainer.train(resume_from_checkpoint=True)
         trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
         if model.dtype != dtype:
             cast_floats(model, dtype)

@@ -253,15 +253,3 @@ def test_a_step_may_change_the_tokenizer(place: Path, finished: tuple[Path, Repo
     assert trimmed.metrics == original.metrics
     found = trimmed.findings["vocabulary"]
     assert len(AutoTokenizer.from_pretrained(tmp_path / "out")) == found["kept"] == found["of"] - 2
-
-
-@pytest.mark.parametrize("trained", [False, True])
-def test_a_token_table_is_trained_where_the_recipe_says_so(place: Path, tmp_path: Path, trained: bool) -> None:
-    only = load_recipe(place / "tiny.yaml", [f"steps.fine_tune.training.train_embeddings={str(trained).lower()}"])
-    pipeline.run(only.model_copy(update={"steps": only.steps[:1]}), tmp_path / "run", quiet=True)
-    before = AutoModelForSequenceClassification.from_pretrained(place / "model")
-    after = AutoModelForSequenceClassification.from_pretrained(tmp_path / "run")
-    after = dict(after.named_parameters())
-    moved = {name for name, value in before.named_parameters() if not torch.equal(value, after[name])}
-    assert ("bert.embeddings.word_embeddings.weight" in moved) is trained
-    assert "bert.encoder.layer.0.intermediate.dense.weight" in moved

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -39,9 +39,6 @@ class TrainingConfig(Config):
         max_grad_norm: Gradients are clipped to this norm.
         save_steps: A training checkpoint is written every so many steps.
         max_steps: Stops after so many steps, over `epochs`.
-        train_embeddings: Whether the token table is trained, and the output layer if that is tied to it. AdamW makes
-            steps of one size, so that in a short training words which the texts never use are unlearnt as fast as
-            those they use are learnt: a language model that recovers on few texts had better keep its table.
         report_to: Trackers that are told losses and metrics, as `transformers.TrainingArguments` knows them.
     """
 
@@ -57,7 +54,6 @@ class TrainingConfig(Config):
     max_grad_norm: float = Field(1.0, ge=0)
     save_steps: int = Field(200, ge=1)
     max_steps: int | None = Field(None, ge=1)
-    train_embeddings: bool = True
     report_to: tuple[Literal["tensorboard", "trackio"], ...] = ()
 
 
@@ -103,20 +99,6 @@ def training_arguments(
         report_to=list(config.report_to) or "none",
         dataloader_pin_memory=torch.cuda.is_available(),
     )
-
-
-@contextmanager
-def embeddings_as_they_are(model: PreTrainedModel, as_they_are: bool = True) -> Iterator[None]:
-    """Keeps a model's token table, and what is tied to it, from being trained for a while; nothing where not asked."""
-    table = model.get_input_embeddings().parameters() if as_they_are else ()
-    held = [parameter for parameter in table if parameter.requires_grad]
-    for parameter in held:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in held:
-            parameter.requires_grad_(True)
 
 
 def require_trackers(trainings: Sequence[TrainingConfig]) -> None:

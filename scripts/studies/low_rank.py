@@ -6,9 +6,11 @@
     python -m scripts.studies.low_rank summary                             # table of what is there
 
 MODEL is SmolLM2-135M (any causal language model works), WIKITEXT a folder with `wiki.valid.tokens` and
-`wiki.test.raw`. Factors are fitted to sentences of the former that hold no `<unk>`: to the first three quarters of
-them, choices being made on the last. Every point reads a prefix of the test file once; the share is that of the linear
-layers' parameters. A row of the results is one point, and points that are there are not measured again.
+`wiki.test.raw`. Factors are fitted to sentences of the former that hold no `<unk>`. Models are trained on all of its
+text, where nothing reads or predicts an `<unk>`: sentences without one are a quarter of it, so few that models learn
+them by heart within the time. Of both the first three quarters serve, and choices are made on the last. Every point
+reads a prefix of the test file once; the share is that of the linear layers' parameters. A row of the results is one
+point, and points that are there are not measured again.
 """
 
 from __future__ import annotations
@@ -63,7 +65,8 @@ ARMS: dict[str, dict[str, Any]] = {
 }
 RECOVERED = ("curvature, budget, pivoted", "curvature, budget, pivoted, sequential")
 
-Blocks = torch.Tensor
+# Blocks of tokens, int64 `(blocks, BLOCK)`, as a model's arguments; labels are -100 where nothing is to be predicted.
+Text = dict[str, torch.Tensor]
 
 
 # Text
@@ -79,10 +82,30 @@ def whole_sentences(text: str) -> str:
     return "\n".join(kept)
 
 
-def blocks_of(text: str, tokenizer: Any) -> Blocks:
-    """Cuts a text into blocks of tokens, int64 `(blocks, BLOCK)`; what is left over at the end is dropped."""
-    ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-    return ids[: len(ids) // BLOCK * BLOCK].view(-1, BLOCK)
+def blocks_of(text: str, tokenizer: Any) -> Text:
+    """Cuts a text into blocks of tokens, in which no `<unk>` is read or predicted; a rest at the end is dropped."""
+    ids: list[int] = []
+    known: list[bool] = []
+    for number, part in enumerate(text.split("<unk>")):
+        found = tokenizer(part, add_special_tokens=False, verbose=False)["input_ids"]
+        gap = [tokenizer.unk_token_id] * (number > 0)
+        ids += gap + found
+        known += [False] * len(gap) + [True] * len(found)
+    count = len(ids) // BLOCK * BLOCK
+    tokens, mask = (torch.tensor(each[:count]).view(-1, BLOCK) for each in (ids, known))
+    masked = {} if mask.all() else {"attention_mask": mask.long()}
+    return {"input_ids": tokens, "labels": tokens.where(mask, -100), **masked}
+
+
+def rows_of(text: Text, rows: Any) -> Text:
+    """Returns some of a text's blocks."""
+    return {name: each[rows] for name, each in text.items()}
+
+
+def without_last(text: Text, share: float) -> tuple[Text, Text]:
+    """Parts a text; the share is that of the second part."""
+    at = len(text["labels"]) - int(share * len(text["labels"]))
+    return rows_of(text, slice(at)), rows_of(text, slice(at, None))
 
 
 class Material:
@@ -91,15 +114,15 @@ class Material:
     def __init__(self, model: Path, wikitext: Path) -> None:
         self.model = model
         tokenizer = AutoTokenizer.from_pretrained(model)
-        valid = blocks_of(whole_sentences((wikitext / "wiki.valid.tokens").read_text()), tokenizer)
-        at = len(valid) - int(CHOICE_SHARE * len(valid))
-        self.training, self.choices = valid[:at], valid[at:]
+        text = (wikitext / "wiki.valid.tokens").read_text()
+        self.fitted_to, self.choices = without_last(blocks_of(whole_sentences(text), tokenizer), CHOICE_SHARE)
+        self.training, self.held_out = without_last(blocks_of(text, tokenizer), CHOICE_SHARE)
         self.test = blocks_of((wikitext / "wiki.test.raw").read_text(), tokenizer)
 
-    def calibration(self, count: int) -> list[dict[str, torch.Tensor]]:
+    def calibration(self, count: int) -> list[Text]:
         """Draws blocks to fit to, as batches of two."""
-        drawn = self.training[torch.randperm(len(self.training), generator=torch.Generator().manual_seed(0))[:count]]
-        return [{"input_ids": part, "labels": part} for part in drawn.split(2)]
+        order = torch.randperm(len(self.fitted_to["labels"]), generator=torch.Generator().manual_seed(0))
+        return [rows_of(self.fitted_to, part) for part in order[:count].split(2)]
 
     def load(self) -> Any:
         """Loads the original, in the precision that its file has."""
@@ -109,13 +132,16 @@ class Material:
 
 
 @torch.no_grad()
-def perplexity(model: Any, blocks: Blocks) -> float:
+def perplexity(model: Any, text: Text) -> float:
     """Returns the perplexity of all tokens but each block's first."""
-    total = 0.0
-    for part in blocks.split(4):
-        for block, logits in zip(part, model.eval()(input_ids=part).logits, strict=True):
-            total += functional.cross_entropy(logits[:-1].float(), block[1:], reduction="sum").item()
-    return math.exp(total / (len(blocks) * (BLOCK - 1)))
+    total = count = 0.0
+    for part in torch.arange(len(text["labels"])).split(4):
+        batch = rows_of(text, part)
+        labels = batch.pop("labels")
+        for wanted, logits in zip(labels[:, 1:], model.eval()(**batch).logits, strict=True):
+            total += functional.cross_entropy(logits[:-1].float(), wanted, reduction="sum").item()
+            count += wanted.ne(-100).sum().item()
+    return math.exp(total / count)
 
 
 def linear_parameters(model: Any) -> int:
@@ -196,12 +222,11 @@ def factorized(material: Material, config: LowRankConfig, statistics: Statistics
 def run(asked: argparse.Namespace) -> None:
     """Measures every point that is not there yet."""
     material = Material(asked.model, asked.wikitext)
-    blocks = material.choices if asked.part == "choices" else material.test
-    blocks = blocks[: asked.blocks] if asked.blocks else blocks
-    common = {"study": "without training", "part": asked.part, "test_blocks": len(blocks)}
+    text = rows_of(material.choices if asked.part == "choices" else material.test, slice(asked.blocks or None))
+    common = {"study": "without training", "part": asked.part, "test_blocks": len(text["labels"])}
     statistics = Statistics(material.load, material.calibration(asked.calibration))
     if pending(read(), common | {"arm": "original"}):
-        write(common | {"arm": "original", "removed": 0.0, "perplexity": perplexity(material.load(), blocks)})
+        write(common | {"arm": "original", "removed": 0.0, "perplexity": perplexity(material.load(), text)})
     base = next(row for row in read() if not pending([row], common | {"arm": "original"}))["perplexity"]
     for arm in asked.arms:
         for removed in asked.removed:
@@ -211,7 +236,7 @@ def run(asked: argparse.Namespace) -> None:
             started = time.perf_counter()
             model = factorized(material, config_of(arm, removed), statistics)
             seconds = time.perf_counter() - started
-            found = perplexity(model, blocks)
+            found = perplexity(model, text)
             kept = linear_parameters(model) / linear_parameters(material.load())
             row = {"kept": round(kept, 4), "perplexity": found, "ratio": round(found / base, 4)}
             write(point | row | {"seconds": round(seconds, 1)})
@@ -220,28 +245,24 @@ def run(asked: argparse.Namespace) -> None:
 # After training
 
 
-def train(model: Any, blocks: Blocks, seconds: float, seed: int, rate: float = RECOVERY["learning_rate"]) -> int:
-    """Trains a model on blocks for a time; returns the number of steps. The same for every model.
+def train(model: Any, text: Text, seconds: float, seed: int, rate: float = RECOVERY["learning_rate"]) -> int:
+    """Trains a model on blocks of a text for a time; returns the number of steps. The same for every model.
 
-    The token table, which scores the vocabulary too, stays as it is: Adam makes steps of one size, so that words which
-    the few training texts never use would be unlearnt as fast as those they use are learnt. Pivoted layers are trained
-    as hfcompress's Trainer does it: as two factors, which are pivoted in the end.
+    Pivoted layers are trained as hfcompress's Trainer does it: as two factors, which are pivoted in the end.
     """
     model = model.float().train()
-    model.get_input_embeddings().weight.requires_grad_(False)
     pivoted = in_two_factors(model)
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=0.0, fused=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.0, fused=True)
     generator, step, started = torch.Generator().manual_seed(seed), 0, time.thread_time()
     while (spent := time.thread_time() - started) < seconds:
         left = 1 - spent / seconds  # the rate falls with the time that is used up
         for group in optimizer.param_groups:
             group["lr"] = rate * min(1.0, (step + 1) / RECOVERY["warmup"]) * left
-        rows = blocks[torch.randint(len(blocks), (int(RECOVERY["batch"]),), generator=generator)]
+        drawn = torch.randint(len(text["labels"]), (int(RECOVERY["batch"]),), generator=generator)
         with torch.autocast("cpu", torch.bfloat16):
-            loss = model(input_ids=rows, labels=rows).loss
+            loss = model(**rows_of(text, drawn)).loss
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         step += 1
@@ -266,18 +287,18 @@ def recover(asked: argparse.Namespace) -> None:
     """
     torch.set_num_threads(1)
     material = Material(asked.model, asked.wikitext)
-    blocks = material.choices if asked.part == "choices" else material.test[: asked.blocks]
+    text = rows_of(material.held_out if asked.part == "choices" else material.test, slice(asked.blocks or None))
     statistics = Statistics(material.load, material.calibration(asked.calibration))
     points = [("original", 0.0), *((arm, removed) for arm in asked.arms for removed in asked.removed)]
     for seed in asked.seeds:
         for arm, removed in points:
-            point = {"study": "recovered", "part": asked.part, "test_blocks": len(blocks), "arm": arm}
-            point |= {"removed": removed, "seconds": asked.seconds, "seed": seed, "rate": asked.rate, "table": "frozen"}
+            point = {"study": "recovered", "part": asked.part, "test_blocks": len(text["labels"]), "arm": arm}
+            point |= {"removed": removed, "seconds": asked.seconds, "seed": seed, "rate": asked.rate}
             if not pending(read(), point):
                 continue
             model = material.load() if arm == "original" else factorized_once(material, arm, removed, statistics)
             steps = train(model, material.training, asked.seconds, seed, asked.rate)
-            found = perplexity(model.to(torch.bfloat16), blocks)
+            found = perplexity(model.to(torch.bfloat16), text)
             bases = [row for row in read() if not pending([row], point | {"arm": "original", "removed": 0.0})]
             ratio = {"ratio": round(found / bases[0]["perplexity"], 4)} if bases else {}
             write(point | {"steps": steps, "perplexity": found} | ratio)

@@ -23,7 +23,7 @@ from hfcompress import StructuredPruningConfig
 from hfcompress.methods.registry import Context
 from hfcompress.methods.structured_pruning import structured_pruning
 from hfcompress.modeling.measure import count_parameters
-from scripts.studies.low_rank import CALIBRATION_BLOCKS, RECOVERY, TEST_BLOCKS, Material, perplexity, train
+from scripts.studies.low_rank import CALIBRATION_BLOCKS, RECOVERY, TEST_BLOCKS, Material, perplexity, rows_of, train
 from scripts.studies.material import results_file
 
 RESULTS = results_file("pruning_smollm2.jsonl")
@@ -77,27 +77,27 @@ def pruned(material: Material, arm: str, calibration: int) -> tuple[Any, dict[st
 def run(asked: argparse.Namespace) -> None:
     """Measures every arm that is not there yet, without training."""
     material = Material(asked.model, asked.wikitext)
-    blocks = material.test[: asked.blocks or None]
+    text = rows_of(material.test, slice(asked.blocks or None))
     for arm in ARMS:
-        point = {"study": "without training", "arm": arm, "test_blocks": len(blocks)}
+        point = {"study": "without training", "arm": arm, "test_blocks": len(text["labels"])}
         point |= {"calibration_blocks": asked.calibration}
         if not is_there(point):
             model, found = pruned(material, arm, asked.calibration)
-            write(point | {"perplexity": perplexity(model, blocks)} | found)
+            write(point | {"perplexity": perplexity(model, text)} | found)
 
 
 def recover(asked: argparse.Namespace) -> None:
     """Trains the original and pruned models for the same time, and measures them."""
     torch.set_num_threads(1)
     material = Material(asked.model, asked.wikitext)
-    blocks = material.test[: asked.blocks or None]
+    text = rows_of(material.test, slice(asked.blocks or None))
     for seed in asked.seeds:
         for arm in RECOVERED:
-            point = {"study": "recovered", "arm": arm, "test_blocks": len(blocks), "seed": seed}
+            point = {"study": "recovered", "arm": arm, "test_blocks": len(text["labels"]), "seed": seed}
             if not is_there(point):
                 model, found = pruned(material, arm, asked.calibration)
                 steps = train(model, material.training, asked.train_seconds, seed)
-                result = {"perplexity": perplexity(model.to(torch.bfloat16), blocks), "steps": steps}
+                result = {"perplexity": perplexity(model.to(torch.bfloat16), text), "steps": steps}
                 write(point | result | {"train_seconds": asked.train_seconds} | found)
 
 
