@@ -23,7 +23,16 @@ from hfcompress import StructuredPruningConfig
 from hfcompress.methods.registry import Context
 from hfcompress.methods.structured_pruning import structured_pruning
 from hfcompress.modeling.measure import count_parameters
-from scripts.studies.low_rank import CALIBRATION_BLOCKS, RECOVERY, TEST_BLOCKS, Material, perplexity, rows_of, train
+from scripts.studies.low_rank import (
+    CALIBRATION_BLOCKS,
+    RATE,
+    RECOVERY,
+    TEST_BLOCKS,
+    Material,
+    perplexity,
+    rows_of,
+    train,
+)
 from scripts.studies.material import results_file
 
 RESULTS = results_file("pruning_smollm2.jsonl")
@@ -96,7 +105,7 @@ def recover(asked: argparse.Namespace) -> None:
             point = {"study": "recovered", "arm": arm, "test_blocks": len(text["labels"]), "seed": seed}
             if not is_there(point):
                 model, found = pruned(material, arm, asked.calibration)
-                steps = train(model, material.training, asked.train_seconds, seed)
+                steps = train(model, material.training, asked.train_seconds, seed, RATE)
                 result = {"perplexity": perplexity(model.to(torch.bfloat16), text), "steps": steps}
                 write(point | result | {"train_seconds": asked.train_seconds} | found)
 

@@ -132,7 +132,9 @@ class TeacherCache:
         return shard[name][int(ends[row - 1]) if row else 0 : int(ends[row])]
 
     def _rows(self, numbers: Sequence[int], name: str, *, per_token: bool) -> torch.Tensor:
-        return torch.cat([self._row(number, name, per_token=per_token) for number in numbers])
+        rows = [self._row(number, name, per_token=per_token) for number in numbers]
+        # Under autocast the CPU cannot join float16.
+        return torch.cat([row.float() if row.dtype == torch.float16 else row for row in rows])
 
     def signals(self, inputs: Mapping[str, torch.Tensor], counted: torch.Tensor | None, ids: torch.Tensor) -> Signals:
         """Looks up what the teacher said about a batch; as `LiveTeacher.signals`.
@@ -164,8 +166,10 @@ class TeacherCache:
         return [(prefix, int(layer)) for prefix, _, layer in split]
 
     def _mask(self, inputs: Mapping[str, torch.Tensor], counted: torch.Tensor) -> torch.Tensor:
-        mask = None if self.layout.decodes else inputs.get("attention_mask")
-        return counted if mask is None or mask.shape != counted.shape else mask.bool()
+        if self.layout.decodes:
+            return counted
+        mask = inputs.get("attention_mask")
+        return mask.bool() if mask is not None and mask.shape == counted.shape else torch.ones_like(counted)
 
     def _hidden(self, inputs: Mapping[str, torch.Tensor], numbers: Sequence[int], place: Place) -> torch.Tensor:
         flat = self._rows(numbers, state_name(place), per_token=True)

@@ -8,7 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import DataCollatorForLanguageModeling, DataCollatorForSeq2Seq, DataCollatorWithPadding
+from transformers import (
+    DataCollatorForLanguageModeling,
+    DataCollatorForSeq2Seq,
+    DataCollatorWithPadding,
+    default_data_collator,
+)
 
 from hfcompress.errors import CheckpointError, CompressionError
 from hfcompress.methods.distillation import DistillationConfig, DistillationPart
@@ -81,6 +86,27 @@ def test_it_keeps_outputs_of_tokens(tmp_path: Path, small_shards: None, top_k: i
     values, indices = (wanted.logits / 2).log_softmax(-1).topk(top_k)
     torch.testing.assert_close(got.logits.float(), values, rtol=1e-2, atol=1e-2)
     assert got.indices is not None and torch.equal(got.indices, indices)
+
+
+@pytest.mark.parametrize("top_k", [None, 5])
+def test_blocks_without_padding_are_read_back_in_mixed_precision(tmp_path: Path, top_k: int | None) -> None:
+    teacher = make("llama", "CausalLM")
+    blocks = torch.randint(5, 50, (6, 12), generator=torch.Generator().manual_seed(0))
+    data = rows(
+        tmp_path, collate=default_data_collator, dataset=[{"input_ids": block, "labels": block} for block in blocks]
+    )
+    cache = fill(teacher, Asked(), data, tmp_path, top_k=top_k)
+    batch = data.batch([4, 1])
+    assert "attention_mask" not in batch
+    counted = positions(teacher, batch)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = cache.signals(batch, counted, torch.tensor([4, 1]))
+    wanted = teacher(input_ids=batch["input_ids"]).logits.detach()[:, :-1].flatten(0, 1)
+    if top_k:
+        values, indices = wanted.log_softmax(-1).topk(top_k)
+        assert got.indices is not None and torch.equal(got.indices, indices)
+        wanted = values
+    torch.testing.assert_close(got.logits, wanted, atol=2e-3, rtol=1e-3)
 
 
 def test_64_probabilities_take_no_more_than_400_bytes_a_token(tmp_path: Path) -> None:

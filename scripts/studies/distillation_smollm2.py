@@ -1,0 +1,152 @@
+"""A language model with half its layers, trained alone and taught by the whole model for the same time: perplexity.
+
+    python -m scripts.studies.distillation_smollm2 run MODEL WIKITEXT                  # each arm and seed 15 minutes
+    python -m scripts.studies.distillation_smollm2 run MODEL WIKITEXT --part choices --rates 1e-4 3e-4 1e-3
+    python -m scripts.studies.distillation_smollm2 summary
+
+MODEL, WIKITEXT, the text trained on and perplexity are those of `scripts.studies.low_rank`. Every second layer goes,
+and both students begin from what is left. Time is that of the one thread that trains, and what the teacher takes to
+speak is part of it. Learning rates are chosen for each arm on a part of the text; points that are there are not
+measured again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback, TrainingArguments, default_data_collator
+from transformers.utils import logging
+
+from hfcompress import DistillationConfig, LayerDroppingConfig, compress
+from hfcompress.methods.trainer import CompressionTrainer
+from hfcompress.modeling.anatomy import attention_blocks
+from scripts.studies.low_rank import RECOVERY, TEST_BLOCKS, Material, Text, pending, perplexity, rows_of
+from scripts.studies.material import results_file
+
+RESULTS = results_file("distillation_smollm2.jsonl")
+TOP_K = 64
+TAUGHT: dict[str, Any] = {"temperature": 1.0, "cache": True, "cache_top_k": TOP_K}
+ARMS: dict[str, DistillationConfig | None] = {
+    "alone": None,
+    "outputs": DistillationConfig(soft=1.0, hard=1.0, **TAUGHT),
+    "outputs alone": DistillationConfig(soft=1.0, hard=0.0, **TAUGHT),
+}
+RATES = {"alone": 3e-4, "outputs": 3e-4, "outputs alone": 3e-4}
+MOST_STEPS = 100_000  # more than there is time for
+
+
+class Clock(TrainerCallback):
+    """Ends a training when its time is used up, and lets the learning rate fall with it.
+
+    Args:
+        seconds: Processor time of the training thread, from now on.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds, self.started = seconds, time.thread_time()
+
+    @property
+    def left(self) -> float:
+        """Returns the share of the time that is left."""
+        return max(0.0, 1 - (time.thread_time() - self.started) / self.seconds)
+
+    def rate_at(self, step: int) -> float:
+        """Returns what the learning rate is multiplied by."""
+        return min(1.0, (step + 1) / RECOVERY["warmup"]) * self.left
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Stops."""
+        control.should_training_stop = not self.left
+
+
+def student_of(material: Material) -> Any:
+    """Returns the model without every second layer."""
+    model = material.load().float()
+    return compress(model, [LayerDroppingConfig(drop=len(attention_blocks(model)) // 2, which="spread")])
+
+
+def train(material: Material, arm: str, rate: float, seed: int, seconds: float, folder: Path) -> tuple[Any, int]:
+    """Trains a student; returns it and the number of its steps."""
+    student, config, clock = student_of(material), ARMS[arm], Clock(seconds)
+    optimizer = torch.optim.AdamW(student.parameters(), lr=rate, weight_decay=0.0, fused=True)
+    trainer = CompressionTrainer(
+        student,
+        TrainingArguments(
+            str(folder), max_steps=MOST_STEPS, per_device_train_batch_size=int(RECOVERY["batch"]), bf16=True, seed=seed,
+            use_cpu=True, save_strategy="no", logging_steps=50, report_to="none", disable_tqdm=True,
+        ),
+        teacher=material.load() if config else None,
+        distillation=config,
+        cache_dir=folder / "cache",
+        train_dataset=[rows_of(material.training, row) for row in range(len(material.training["labels"]))],
+        data_collator=default_data_collator,
+        optimizers=(optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, clock.rate_at)),
+        callbacks=[clock],
+    )  # fmt: skip
+    trainer.train()
+    return student, trainer.state.global_step
+
+
+def read() -> list[dict[str, Any]]:
+    """Returns the rows that are there."""
+    return [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
+
+
+def run(asked: argparse.Namespace) -> None:
+    """Trains and measures every student that is not there yet."""
+    torch.set_num_threads(1)
+    material = Material(asked.model, asked.wikitext)
+    text: Text = material.held_out if asked.part == "choices" else material.test
+    text = rows_of(text, slice(asked.blocks or None))
+    for seed in asked.seeds:
+        for arm in asked.arms:
+            for rate in asked.rates or [RATES[arm]]:
+                point = {"part": asked.part, "test_blocks": len(text["labels"]), "arm": arm, "rate": rate}
+                point |= {"seconds": asked.seconds, "seed": seed}
+                if not pending(read(), point):
+                    continue
+                with tempfile.TemporaryDirectory() as folder:
+                    model, steps = train(material, arm, rate, seed, asked.seconds, Path(folder))
+                row = point | {"steps": steps, "perplexity": perplexity(model.to(torch.bfloat16), text)}
+                with RESULTS.open("a") as file:
+                    file.write(json.dumps(row) + "\n")
+                print(json.dumps(row), flush=True)
+
+
+def summary(asked: argparse.Namespace) -> None:
+    """Prints every arm's perplexity, seed by seed."""
+    rows = [row for row in read() if row["part"] == asked.part]
+    for arm, rate in dict.fromkeys((row["arm"], row["rate"]) for row in rows):
+        found = [row["perplexity"] for row in rows if (row["arm"], row["rate"]) == (arm, rate)]
+        print(f"{arm:30} {rate:.0e}", " ".join(f"{each:.2f}" for each in found))
+
+
+def main() -> None:
+    """Does what was asked."""
+    logging.disable_progress_bar()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True)
+    for work in (run, summary):
+        command = commands.add_parser(work.__name__, help=work.__doc__)
+        command.set_defaults(work=work)
+        command.add_argument("--part", choices=("test", "choices"), default="test")
+    command = commands.choices["run"]
+    command.add_argument("model", type=Path)
+    command.add_argument("wikitext", type=Path)
+    command.add_argument("--arms", nargs="+", choices=tuple(ARMS), default=tuple(ARMS))
+    command.add_argument("--rates", nargs="+", type=float, help="instead of the one that was chosen for each arm")
+    command.add_argument("--seeds", nargs="+", type=int, default=[0])
+    command.add_argument("--seconds", type=float, default=RECOVERY["seconds"])
+    command.add_argument("--blocks", type=int, default=TEST_BLOCKS, help="of the test file; 0 for all of it")
+    asked = parser.parse_args()
+    asked.work(asked)
+
+
+if __name__ == "__main__":
+    main()
