@@ -102,7 +102,7 @@ def run(asked: argparse.Namespace) -> None:
     """Trains and measures every student that is not there yet."""
     torch.set_num_threads(1)
     material = Material(asked.model, asked.wikitext)
-    text: Text = material.held_out if asked.part == "choices" else material.test
+    text: Text = material.choices if asked.part == "choices" else material.test
     text = rows_of(text, slice(asked.blocks or None))
     for seed in asked.seeds:
         for arm in asked.arms:

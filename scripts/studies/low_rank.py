@@ -21,7 +21,8 @@ import json
 import math
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -46,9 +47,8 @@ CALIBRATION_BLOCKS = 48
 TEST_BLOCKS = 24
 CHOICE_SHARE = 0.25
 RECOVERY = {"seconds": 900, "batch": 2, "warmup": 20}
-# Of 3e-5, 1e-4 and 3e-4 the best after 240 seconds, on the part for choices. A step of a factor moves the product
-# further than one of a whole matrix moves that.
-RATE, RATE_OF_FACTORS = 3e-4, 1e-4
+# Each model gets the one that serves it best on the part for choices.
+RATES = (3e-5, 1e-4)
 
 _WHITENED: dict[str, Any] = {"method": "whitened"}
 _CURVED: dict[str, Any] = {"method": "whitened", "weigh_outputs": True}
@@ -66,7 +66,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "curvature, budget, pivoted": _CURVED | _BUDGET | {"pivoted": True},
     "curvature, budget, pivoted, sequential": _CURVED | _BUDGET | {"pivoted": True, "sequential": True},
 }
-RECOVERED = ("curvature, budget, pivoted", "curvature, budget, pivoted, sequential")
+RECOVERED = "curvature, budget, pivoted"
 
 # Blocks of tokens, int64 `(blocks, BLOCK)`, as a model's arguments; labels are -100 where nothing is to be predicted.
 Text = dict[str, torch.Tensor]
@@ -119,7 +119,7 @@ class Material:
         tokenizer = AutoTokenizer.from_pretrained(model)
         text = (wikitext / "wiki.valid.tokens").read_text()
         self.fitted_to, self.choices = without_last(blocks_of(whole_sentences(text), tokenizer), CHOICE_SHARE)
-        self.training, self.held_out = without_last(blocks_of(text, tokenizer), CHOICE_SHARE)
+        self.training = without_last(blocks_of(text, tokenizer), CHOICE_SHARE)[0]
         self.test = blocks_of((wikitext / "wiki.test.raw").read_text(), tokenizer)
 
     def calibration(self, count: int) -> list[Text]:
@@ -290,45 +290,48 @@ def recover(asked: argparse.Namespace) -> None:
     """
     torch.set_num_threads(1)
     material = Material(asked.model, asked.wikitext)
-    text = rows_of(material.held_out if asked.part == "choices" else material.test, slice(asked.blocks or None))
+    text = rows_of(material.test, slice(asked.blocks or None))
     statistics = Statistics(material.load, material.calibration(asked.calibration))
     points = [("original", 0.0), *((arm, removed) for arm in asked.arms for removed in asked.removed)]
-    for seed in asked.seeds:
-        for arm, removed in points:
-            point = {"study": "recovered", "part": asked.part, "test_blocks": len(text["labels"]), "arm": arm}
-            rate = asked.rate or (RATE if arm == "original" else RATE_OF_FACTORS)
-            point |= {"removed": removed, "seconds": asked.seconds, "seed": seed}
-            if not pending(read(), point | {"rate": rate}):
-                continue
-            model = material.load() if arm == "original" else factorized_once(material, arm, removed, statistics)
-            steps = train(model, material.training, asked.seconds, seed, rate)
-            found = perplexity(model.to(torch.bfloat16), text)
-            same = point | {"arm": "original", "removed": 0.0}
-            bases = [row["perplexity"] for row in read() if not pending([row], same)]
-            ratio = {"ratio": round(found / min(bases), 4)} if bases else {}
-            write(point | {"rate": rate, "steps": steps, "perplexity": found} | ratio)
+    for seed, rate, (arm, removed) in product(asked.seeds, asked.rates, points):
+        point = {"study": "recovered", "part": "test", "test_blocks": len(text["labels"]), "arm": arm}
+        point |= {"removed": removed, "seconds": asked.seconds, "seed": seed, "rate": rate}
+        if not pending(read(), point):
+            continue
+        model = material.load() if arm == "original" else factorized_once(material, arm, removed, statistics)
+        steps = train(model, material.training, asked.seconds, seed, rate)
+        model = model.to(torch.bfloat16)
+        found = {"choices": perplexity(model, material.choices), "perplexity": perplexity(model, text)}
+        write(point | {"steps": steps} | found)
 
 
 # What came of it
 
 
-def lines(rows: Sequence[dict[str, Any]]) -> Iterator[tuple[str, list[tuple[float, float]]]]:
-    """Yields each arm's points (share removed, ratio), means over seeds."""
-    for study in dict.fromkeys(row["study"] for row in rows):
-        mine = [row for row in rows if row["study"] == study and "ratio" in row and row["arm"] != "original"]
-        for arm in dict.fromkeys(row["arm"] for row in mine):
-            by_share: dict[float, list[float]] = {}
-            for row in mine:
-                if row["arm"] == arm:
-                    by_share.setdefault(row["removed"], []).append(row["ratio"])
-            name = arm if study == "without training" else f"{arm}, {study}"
-            yield name, [(share, sum(each) / len(each)) for share, each in sorted(by_share.items())]
+def recovered(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Returns the rows after training, each arm's at the rate that served it best on the part for choices.
+
+    They have a `ratio` to the original with the same seed, at the rate that is best for that.
+    """
+    rows = [row for row in rows if row["study"] == "recovered"]
+    best: dict[tuple[str, float], dict[str, Any]] = {}
+    for row in rows:
+        if row["seed"] == 0:
+            key = row["arm"], row["removed"]
+            best[key] = min(best.get(key, row), row, key=lambda each: each["choices"])
+    chosen = [row for row in rows if row["rate"] == best[row["arm"], row["removed"]]["rate"]]
+    originals = {row["seed"]: row["perplexity"] for row in chosen if row["arm"] == "original"}
+    return [row | {"ratio": row["perplexity"] / originals[row["seed"]]} for row in chosen if row["seed"] in originals]
 
 
 def summary(asked: argparse.Namespace) -> None:
-    """Prints the table; `scripts.studies.low_rank_page` writes it with a picture."""
-    for name, points in lines([row for row in read() if row["part"] == asked.part]):
-        print(f"{name:45}", "  ".join(f"{share:.0%} {ratio:.3f}" for share, ratio in points))
+    """Prints what is there; `scripts.studies.low_rank_page` writes it with a picture."""
+    rows = read()
+    for row in [row for row in rows if row["study"] == "without training" and row["part"] == asked.part]:
+        print(f"{row['arm']:45} {row['removed']:4.0%} {row['perplexity']:12.2f} {row.get('ratio', 1.0):10.3f}")
+    for row in recovered(rows):
+        name = f"{row['arm']}, recovered at {row['rate']:.0e}, seed {row['seed']}"
+        print(f"{name:70} {row['removed']:4.0%} {row['perplexity']:8.2f} {row['ratio']:8.3f}")
 
 
 def arguments() -> argparse.Namespace:
@@ -343,14 +346,14 @@ def arguments() -> argparse.Namespace:
             continue
         command.add_argument("model", type=Path)
         command.add_argument("wikitext", type=Path)
-        arms = list(ARMS) if work is run else list(RECOVERED[:1])
+        arms = list(ARMS) if work is run else [RECOVERED]
         command.add_argument("--arms", nargs="+", choices=list(ARMS), default=arms)
         command.add_argument("--removed", nargs="+", type=float, default=REMOVED if work is run else REMOVED[:2])
         command.add_argument("--blocks", type=int, default=TEST_BLOCKS, help="of the test file; 0 for all of it")
         command.add_argument("--calibration", type=int, default=CALIBRATION_BLOCKS, help="blocks to fit to")
     command = commands.choices["recover"]
     command.add_argument("--seeds", nargs="+", type=int, default=[0])
-    command.add_argument("--rate", type=float, help="for every model, instead of the one that was chosen for it")
+    command.add_argument("--rates", nargs="+", type=float, default=RATES)
     command.add_argument("--seconds", type=float, default=RECOVERY["seconds"])
     return parser.parse_args()
 

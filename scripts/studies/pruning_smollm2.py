@@ -25,7 +25,6 @@ from hfcompress.methods.structured_pruning import structured_pruning
 from hfcompress.modeling.measure import count_parameters
 from scripts.studies.low_rank import (
     CALIBRATION_BLOCKS,
-    RATE,
     RECOVERY,
     TEST_BLOCKS,
     Material,
@@ -105,7 +104,7 @@ def recover(asked: argparse.Namespace) -> None:
             point = {"study": "recovered", "arm": arm, "test_blocks": len(text["labels"]), "seed": seed}
             if not is_there(point):
                 model, found = pruned(material, arm, asked.calibration)
-                steps = train(model, material.training, asked.train_seconds, seed, RATE)
+                steps = train(model, material.training, asked.train_seconds, seed, asked.rate)
                 result = {"perplexity": perplexity(model.to(torch.bfloat16), text), "steps": steps}
                 write(point | result | {"train_seconds": asked.train_seconds} | found)
 
@@ -133,6 +132,7 @@ def main() -> None:
             command.add_argument("--blocks", type=int, default=TEST_BLOCKS, help="of the test file; 0 for all of it")
             command.add_argument("--calibration", type=int, default=CALIBRATION_BLOCKS, help="blocks to fit to")
     commands.choices["recover"].add_argument("--seeds", nargs="+", type=int, default=[0])
+    commands.choices["recover"].add_argument("--rate", type=float, default=1e-4)
     commands.choices["recover"].add_argument("--train-seconds", type=float, default=RECOVERY["seconds"])
     asked = parser.parse_args()
     asked.work(asked)
