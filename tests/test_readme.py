@@ -36,7 +36,7 @@ def test_the_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 def test_the_recipe_is_valid(tmp_path: Path) -> None:
     block, more, description = blocks("yaml")
     (tmp_path / "my-sst2.yaml").write_text(block)
-    recipe = load_recipe(tmp_path / "my-sst2.yaml", ("steps.low_rank.keep=0.6",))
+    recipe = load_recipe(tmp_path / "my-sst2.yaml", ("steps.low_rank.budget=0.5",))
     assert [step.name for step in recipe.steps] == ["fine_tune", "prune", "low_rank", "quantization"]
     (tmp_path / "more.yaml").write_text(block + more)
     whole = load_recipe(tmp_path / "more.yaml")
