@@ -64,7 +64,8 @@ Ranks are multiples of 8, so that a fixed share removes 1 to 2 points more than 
 
 {table(head, lines)}
 """
-    text += _recovered(low_rank.recovered(rows))
+    tried = {row["rate"] for row in rows if row["study"] == "recovered"}
+    text += _recovered(low_rank.recovered(rows), len(tried))
     _draw_language_model(arms, ratios, shares)
     return f"{text}![Perplexity by method and share removed]({LANGUAGE_MODEL.name})\n\n"
 
@@ -75,7 +76,7 @@ def _ratio(value: float | None) -> str:
     return f"{value:.2f}" if value < 100 else f"{value:,.0f}" if value < 1e5 else f"{value:.0e}"
 
 
-def _recovered(rows: Sequence[Row]) -> str:
+def _recovered(rows: Sequence[Row], rates: int) -> str:
     if not rows:
         return ""
     lines = []
@@ -88,10 +89,11 @@ def _recovered(rows: Sequence[Row]) -> str:
         name = "the original" if arm == "original" else ARMS[arm]
         rate = f"{mine[0]['rate']:.0e}"
         lines.append([name, f"{share:.0%}", rate, str(len(mine)), f"{mean(found):.2f}", spread])
-    seconds = rows[0]["seconds"]
-    return f"""After {seconds / 60:.0f} minutes of training by one thread on three quarters of the validation file,
-where no `<unk>` is read or predicted; the original trained for the same time. Each has the learning rate that served it
-best on the last quarter. A seed is an order of the blocks; a ratio is that of the same seed.
+    minutes = rows[0]["seconds"] / 60
+    chosen = f"Each has, of {rates} rates, the one that served it best on the last quarter. " if rates > 1 else ""
+    return f"""After {minutes:.0f} minutes of training by one thread on three quarters of the validation file, where no
+`<unk>` is read or predicted; the original trained for the same time. {chosen}A seed is an order of the
+blocks; a ratio is that of the same seed.
 
 {table(["", "removed", "learning rate", "seeds", "perplexity", "over the original's"], lines)}
 """

@@ -32,7 +32,7 @@ from hfcompress.tasks import get_task, load_data, preprocess
 from scripts.studies.low_rank_page import table
 from scripts.studies.material import ROOT, glue_folder, results_file, teacher_folder
 
-RESULTS = results_file("pruned_speed.json")
+RESULTS = results_file("pruned_speed.jsonl")
 PAGE = ROOT / "docs" / "pruned_speed.md"
 PICTURE = PAGE.with_suffix(".png")
 TASK = "mrpc"
@@ -49,31 +49,33 @@ ASKED_AT_LAST = 7.0
 
 
 def run(asked: argparse.Namespace) -> None:
-    """Measures every result."""
-    whole, rows = load(), []
+    """Measures every result that is not there yet."""
+    whole, threads = load(), torch.get_num_threads()
     depth = len(attention_blocks(whole))
+    points = [(share, multiple, depth) for share in SHARES for multiple in MULTIPLES]
+    points += [(SHARES[-1], 8, layers) for layers in FEWER_LAYERS]
     with tempfile.TemporaryDirectory() as folder:
         context = Context(calibration=batches(), cache_dir=Path(folder))
-        for share in SHARES:
-            for multiple in MULTIPLES:
-                model = load()
-                structured_pruning(model, config_of(share, multiple), context)
-                said = {"removed": share, "multiple": multiple, "layers": depth}
-                rows.append(said | compared(whole, model, asked.repeats))
-                print(json.dumps(rows[-1]), flush=True)
-        for layers in FEWER_LAYERS:
-            model = compress(load(), [LayerDroppingConfig(drop=depth - layers, which="spread")])
-            rest = 1 - (1 - SHARES[-1]) * depth / layers
-            structured_pruning(model, config_of(rest, 8), context)
-            said = {"removed": SHARES[-1], "multiple": 8, "layers": layers}
-            rows.append(said | compared(whole, model, asked.repeats))
-            print(json.dumps(rows[-1]), flush=True)
-    RESULTS.write_text(json.dumps({"threads": torch.get_num_threads(), "rows": rows}))
+        for share, multiple, layers in points:
+            point = {"removed": share, "multiple": multiple, "layers": layers, "threads": threads}
+            if any(point.items() <= row.items() for row in read()):
+                continue
+            model = load()
+            if layers < depth:
+                model = compress(model, [LayerDroppingConfig(drop=depth - layers, which="spread")])
+            rest = 1 - (1 - share) * depth / layers
+            # Nothing is mended: that takes longest, and changes no width.
+            config = StructuredPruningConfig(flops=rest, multiple_of=multiple, reconstruct=False)
+            structured_pruning(model, config, context)
+            row = point | compared(whole, model, asked.repeats)
+            with RESULTS.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+            print(json.dumps(row), flush=True)
 
 
-def config_of(share: float, multiple: int) -> StructuredPruningConfig:
-    """Returns what is pruned; nothing is mended, which takes longest and changes no width."""
-    return StructuredPruningConfig(flops=share, multiple_of=multiple, reconstruct=False)
+def read() -> list[dict[str, Any]]:
+    """Returns the rows that are there."""
+    return [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
 
 
 def load() -> Any:
@@ -108,8 +110,8 @@ def compared(whole: Any, model: Any, repeats: int) -> dict[str, Any]:
 
 def page(asked: argparse.Namespace) -> None:
     """Writes page and picture."""
-    found = json.loads(RESULTS.read_text())
-    rows: list[dict[str, Any]] = found["rows"]
+    threads = max(row["threads"] for row in read())
+    rows = [row for row in read() if row["threads"] == threads]
     head = ["layers' multiply-adds removed, neurons kept in multiples of", "layers", "operations", "speed-up"]
     head += ["part of the promise", "layers that fall short, most frequent first"]
     lines = []
@@ -124,7 +126,7 @@ def page(asked: argparse.Namespace) -> None:
 
 Made by `scripts/studies/pruned_speed.py`. MPNet-base, fine-tuned for {TASK.upper()}, without a share of its layers'
 multiply-adds; heads and neurons were chosen by empirical Fisher over {EXAMPLES} sentences, so that layers are uneven.
-PyTorch in 32 bit, 8 texts of 128 tokens, {found["threads"]} threads, by turns with the original; 95% intervals.
+PyTorch in 32 bit, 8 texts of 128 tokens, {threads} threads, by turns with the original; 95% intervals.
 Operations are those of the whole model. With fewer than 12 layers, the others went first, in even places. A layer falls
 short where it is slower than its own operations promise, which `hfcompress run` tells of every layer of a result.
 
