@@ -13,7 +13,6 @@ measured again.
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 import time
 from pathlib import Path
@@ -27,7 +26,7 @@ from hfcompress import DistillationConfig, LayerDroppingConfig, compress
 from hfcompress.methods.trainer import CompressionTrainer
 from hfcompress.modeling.anatomy import attention_blocks
 from scripts.studies.low_rank import RECOVERY, TEST_BLOCKS, Material, Text, pending, perplexity, rows_of
-from scripts.studies.material import results_file
+from scripts.studies.material import add_row, read_rows, results_file
 
 RESULTS = results_file("distillation_smollm2.jsonl")
 TOP_K = 64
@@ -37,6 +36,7 @@ ARMS: dict[str, DistillationConfig | None] = {
     "outputs": DistillationConfig(soft=1.0, hard=1.0, **TAUGHT),
     "outputs alone": DistillationConfig(soft=1.0, hard=0.0, **TAUGHT),
 }
+# To be chosen by `--part choices --rates ...`: nothing has chosen these yet.
 RATES = {"alone": 3e-4, "outputs": 3e-4, "outputs alone": 3e-4}
 MOST_STEPS = 100_000  # more than there is time for
 
@@ -93,11 +93,6 @@ def train(material: Material, arm: str, rate: float, seed: int, seconds: float, 
     return student, trainer.state.global_step
 
 
-def read() -> list[dict[str, Any]]:
-    """Returns the rows that are there."""
-    return [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
-
-
 def run(asked: argparse.Namespace) -> None:
     """Trains and measures every student that is not there yet."""
     torch.set_num_threads(1)
@@ -109,19 +104,17 @@ def run(asked: argparse.Namespace) -> None:
             for rate in asked.rates or [RATES[arm]]:
                 point = {"part": asked.part, "test_blocks": len(text["labels"]), "arm": arm, "rate": rate}
                 point |= {"seconds": asked.seconds, "seed": seed}
-                if not pending(read(), point):
+                if not pending(read_rows(RESULTS), point):
                     continue
                 with tempfile.TemporaryDirectory() as folder:
                     model, steps = train(material, arm, rate, seed, asked.seconds, Path(folder))
                 row = point | {"steps": steps, "perplexity": perplexity(model.to(torch.bfloat16), text)}
-                with RESULTS.open("a") as file:
-                    file.write(json.dumps(row) + "\n")
-                print(json.dumps(row), flush=True)
+                add_row(RESULTS, row)
 
 
 def summary(asked: argparse.Namespace) -> None:
     """Prints every arm's perplexity, seed by seed."""
-    rows = [row for row in read() if row["part"] == asked.part]
+    rows = [row for row in read_rows(RESULTS) if row["part"] == asked.part]
     for arm, rate in dict.fromkeys((row["arm"], row["rate"]) for row in rows):
         found = [row["perplexity"] for row in rows if (row["arm"], row["rate"]) == (arm, rate)]
         print(f"{arm:30} {rate:.0e}", " ".join(f"{each:.2f}" for each in found))

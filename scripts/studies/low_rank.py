@@ -7,17 +7,16 @@
 
 MODEL is SmolLM2-135M (any causal language model works), WIKITEXT a folder with `wiki.valid.tokens` and
 `wiki.test.raw`. Factors are fitted to sentences of the former that hold no `<unk>`. Models are trained on all of its
-text, where nothing reads or predicts an `<unk>`: sentences without one are a quarter of it, so few that models learn
-them by heart within the time. Of both the first three quarters serve, and choices are made on the last. Every point
-reads a prefix of the test file once; the share is that of the linear layers' parameters. A row of the results is one
-point, and points that are there are not measured again.
+text, where nothing reads or predicts an `<unk>`: sentences without one are a quarter of it, so few that models see them
+several times over within 15 minutes. Of both the first three quarters serve, and choices are made on the last. Every
+point reads a prefix of the test file once; the share is that of the linear layers' parameters. A row of the results is
+one point, and points that are there are not measured again.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import json
 import math
 import re
 import time
@@ -38,7 +37,7 @@ from hfcompress.methods.registry import Context
 from hfcompress.modeling.anatomy import base_model, modules_of
 from hfcompress.modeling.checkpoint import save
 from hfcompress.modeling.surgery import in_pivoted_form, in_two_factors
-from scripts.studies.material import results_file, study_root
+from scripts.studies.material import add_row, read_rows, results_file, study_root
 
 RESULTS = results_file("low_rank.jsonl")
 REMOVED = (0.1, 0.2, 0.3, 0.4)
@@ -160,15 +159,12 @@ def linear_parameters(model: Any) -> int:
 
 def read() -> list[dict[str, Any]]:
     """Returns the rows that are there."""
-    return [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
+    return read_rows(RESULTS)
 
 
 def write(row: dict[str, Any]) -> None:
     """Adds a row."""
-    RESULTS.parent.mkdir(exist_ok=True)
-    with RESULTS.open("a") as file:
-        file.write(json.dumps(row) + "\n")
-    print(json.dumps(row), flush=True)
+    add_row(RESULTS, row)
 
 
 def pending(rows: Sequence[dict[str, Any]], point: dict[str, Any]) -> bool:

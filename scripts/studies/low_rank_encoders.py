@@ -14,7 +14,6 @@ the results is one point; points that are there are not measured again.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import tempfile
 import time
@@ -38,7 +37,7 @@ from hfcompress.modeling.checkpoint import save
 from hfcompress.modeling.measure import weight_bytes
 from hfcompress.tasks import get_task, load_data, preprocess
 from scripts.studies.low_rank import Statistics
-from scripts.studies.material import TASKS, glue_folder, results_file, teacher_folder
+from scripts.studies.material import TASKS, add_row, glue_folder, read_rows, results_file, teacher_folder
 
 RESULTS = results_file("low_rank_encoders.jsonl")
 EXAMPLES = 512
@@ -99,13 +98,13 @@ STUDIES = {"curves": CURVES, "together": TOGETHER}
 class Bench:
     """A fine-tuned model, its calibration batches, what is read off it once, and what it is judged on."""
 
-    def __init__(self, model: str, name: str, data: str) -> None:
+    def __init__(self, model: str, name: str, data: str, examples: int = EXAMPLES) -> None:
         self.teacher, self.task = teacher_folder(model, name), get_task(name)
         self.tokenizer = AutoTokenizer.from_pretrained(self.teacher)
         self.original = self.load()
         splits = load_data(self.task, str(glue_folder(data)), progress=False)
         options: dict[str, Any] = {"max_length": MAX_LENGTH, "label2id": self.original.config.label2id}
-        drawn = splits["train"].shuffle(seed=0).select(range(EXAMPLES))
+        drawn = splits["train"].shuffle(seed=0).select(range(examples))
         self.rows: list[Any] = list(preprocess(drawn, self.task, self.tokenizer, **options))
         self.statistics: Statistics | None = None
         self.judged_on = preprocess(splits["validation"], self.task, self.tokenizer, **options)
@@ -145,15 +144,12 @@ class Bench:
 
 def read() -> list[dict[str, Any]]:
     """Returns the rows that are there."""
-    return [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
+    return read_rows(RESULTS)
 
 
 def write(row: dict[str, Any]) -> None:
     """Adds a row."""
-    RESULTS.parent.mkdir(exist_ok=True)
-    with RESULTS.open("a") as file:
-        file.write(json.dumps(row) + "\n")
-    print(json.dumps(row), flush=True)
+    add_row(RESULTS, row)
 
 
 def work(asked: argparse.Namespace) -> None:

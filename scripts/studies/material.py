@@ -13,9 +13,11 @@ little. Choose by how far a result is from its teacher there, or by a student th
 from __future__ import annotations
 
 import argparse
+import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as parquet
 from datasets import Dataset
@@ -42,6 +44,18 @@ def results_file(name: str) -> Path:
     folder = study_root() / "results"
     folder.mkdir(parents=True, exist_ok=True)
     return folder / name
+
+
+def read_rows(file: Path) -> list[dict[str, Any]]:
+    """Returns a study's rows that are there."""
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def add_row(file: Path, row: dict[str, Any]) -> None:
+    """Keeps a row of a study, and prints it."""
+    with file.open("a") as rows:
+        rows.write(json.dumps(row) + "\n")
+    print(json.dumps(row), flush=True)
 
 
 def glue_folder(part: str = "whole") -> Path:

@@ -11,26 +11,24 @@ with the original (8 texts of 128 tokens, 32 bit), and its speed-up stands besid
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding
 from transformers.utils import logging
 
 from hfcompress import LayerDroppingConfig, StructuredPruningConfig, compress
 from hfcompress.evaluation.cost import measure_speed, speed_inputs
 from hfcompress.evaluation.layers import measure_layers
 from hfcompress.evaluation.usage import count_operations
-from hfcompress.methods.registry import Batch, Context
+from hfcompress.methods.registry import Context
 from hfcompress.methods.structured_pruning import structured_pruning
 from hfcompress.modeling.anatomy import attention_blocks
-from hfcompress.tasks import get_task, load_data, preprocess
+from scripts.studies.low_rank_encoders import Bench
 from scripts.studies.low_rank_page import table
-from scripts.studies.material import ROOT, glue_folder, results_file, teacher_folder
+from scripts.studies.material import ROOT, add_row, read_rows, results_file
 
 RESULTS = results_file("pruned_speed.jsonl")
 PAGE = ROOT / "docs" / "pruned_speed.md"
@@ -50,17 +48,18 @@ ASKED_AT_LAST = 7.0
 
 def run(asked: argparse.Namespace) -> None:
     """Measures every result that is not there yet."""
-    whole, threads = load(), torch.get_num_threads()
+    bench, threads = Bench("mpnet-base", TASK, "whole", EXAMPLES), torch.get_num_threads()
+    whole = bench.original
     depth = len(attention_blocks(whole))
     points = [(share, multiple, depth) for share in SHARES for multiple in MULTIPLES]
     points += [(SHARES[-1], 8, layers) for layers in FEWER_LAYERS]
     with tempfile.TemporaryDirectory() as folder:
-        context = Context(calibration=batches(), cache_dir=Path(folder))
+        context = Context(calibration=bench.calibration(), cache_dir=Path(folder))
         for share, multiple, layers in points:
             point = {"removed": share, "multiple": multiple, "layers": layers, "threads": threads}
-            if any(point.items() <= row.items() for row in read()):
+            if any(point.items() <= row.items() for row in read_rows(RESULTS)):
                 continue
-            model = load()
+            model = bench.load()
             if layers < depth:
                 model = compress(model, [LayerDroppingConfig(drop=depth - layers, which="spread")])
             rest = 1 - (1 - share) * depth / layers
@@ -68,29 +67,7 @@ def run(asked: argparse.Namespace) -> None:
             config = StructuredPruningConfig(flops=rest, multiple_of=multiple, reconstruct=False)
             structured_pruning(model, config, context)
             row = point | compared(whole, model, asked.repeats)
-            with RESULTS.open("a") as file:
-                file.write(json.dumps(row) + "\n")
-            print(json.dumps(row), flush=True)
-
-
-def read() -> list[dict[str, Any]]:
-    """Returns the rows that are there."""
-    return [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
-
-
-def load() -> Any:
-    """Loads the fine-tuned model."""
-    return AutoModelForSequenceClassification.from_pretrained(teacher_folder("mpnet-base", TASK)).eval()
-
-
-def batches() -> list[Batch]:
-    """Returns texts of the training split."""
-    task, tokenizer = get_task(TASK), AutoTokenizer.from_pretrained(teacher_folder("mpnet-base", TASK))
-    rows = load_data(task, str(glue_folder()), progress=False)["train"].shuffle(seed=0).select(range(EXAMPLES))
-    encoded = list(preprocess(rows, task, tokenizer, max_length=128, label2id=load().config.label2id))
-    encoded.sort(key=lambda row: len(row["input_ids"]))
-    collate = DataCollatorWithPadding(tokenizer)
-    return [dict(collate(encoded[start : start + 32])) for start in range(0, len(encoded), 32)]
+            add_row(RESULTS, row)
 
 
 def compared(whole: Any, model: Any, repeats: int) -> dict[str, Any]:
@@ -110,8 +87,8 @@ def compared(whole: Any, model: Any, repeats: int) -> dict[str, Any]:
 
 def page(asked: argparse.Namespace) -> None:
     """Writes page and picture."""
-    threads = max(row["threads"] for row in read())
-    rows = [row for row in read() if row["threads"] == threads]
+    threads = max(row["threads"] for row in read_rows(RESULTS))
+    rows = [row for row in read_rows(RESULTS) if row["threads"] == threads]
     head = ["layers' multiply-adds removed, neurons kept in multiples of", "layers", "operations", "speed-up"]
     head += ["part of the promise", "layers that fall short, most frequent first"]
     lines = []

@@ -11,7 +11,6 @@ A recovered ratio is against the original with the same training. Points that ar
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -32,7 +31,7 @@ from scripts.studies.low_rank import (
     rows_of,
     train,
 )
-from scripts.studies.material import results_file
+from scripts.studies.material import add_row, read_rows, results_file
 
 RESULTS = results_file("pruning_smollm2.jsonl")
 SHARE = 0.25
@@ -51,7 +50,7 @@ RECOVERED = ("original", "neurons", "groups of heads")
 
 def read() -> list[dict[str, Any]]:
     """Returns the rows that are there."""
-    return [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
+    return read_rows(RESULTS)
 
 
 def write(row: dict[str, Any]) -> None:
@@ -60,10 +59,7 @@ def write(row: dict[str, Any]) -> None:
     for base in read():
         if base["arm"] == "original" and all(base.get(key) == row.get(key) for key in same):
             row["ratio"] = round(row["perplexity"] / base["perplexity"], 4)
-    RESULTS.parent.mkdir(exist_ok=True)
-    with RESULTS.open("a") as file:
-        file.write(json.dumps(row) + "\n")
-    print(json.dumps(row), flush=True)
+    add_row(RESULTS, row)
 
 
 def is_there(point: dict[str, Any]) -> bool:
