@@ -47,7 +47,6 @@ FORMS: dict[str, dict[str, Any]] = {
     "shared": {"share": True},
     "pivoted": {"pivoted": True},
 }
-_CURVED: dict[str, Any] = {"weigh_outputs": True, "sensitivity": "curvature"}
 
 
 def main() -> None:
@@ -185,20 +184,21 @@ def outputs(asked: argparse.Namespace) -> None:
 def configs(asked: argparse.Namespace) -> dict[str, LowRankConfig]:
     """Names what can be compared; the last three take minutes."""
     keep: dict[str, Any] = {"keep": asked.keep}
-    shared: dict[str, Any] = {"budget": asked.keep, "sensitivity_batches": 1}
+    inputs: dict[str, Any] = {"weigh_outputs": False}
+    shared: dict[str, Any] = {"budget": asked.keep, "sensitivity_batches": 1} | inputs
     return {
         "svd": LowRankConfig(method="svd", **keep),
         "fisher": LowRankConfig(method="fisher", **keep),
         "svd, refit, bias": LowRankConfig(method="svd", refit=True, correct_bias=True, **keep),
-        "whitened": LowRankConfig(method="whitened", **keep),
-        "whitened, shared": LowRankConfig(method="whitened", share=True, **keep),
-        "whitened, bias": LowRankConfig(method="whitened", correct_bias=True, **keep),
-        "whitened, sequential, bias": LowRankConfig(sequential=True, correct_bias=True, **keep),
-        "curvature": LowRankConfig(weigh_outputs=True, **keep),
-        "curvature, pivoted": LowRankConfig(weigh_outputs=True, pivoted=True, **keep),
-        "curvature, budget": LowRankConfig(budget=asked.keep, **_CURVED),
-        "curvature, budget, shared": LowRankConfig(budget=asked.keep, share=True, **_CURVED),
-        "curvature, budget, pivoted": LowRankConfig(budget=asked.keep, pivoted=True, **_CURVED),
+        "whitened": LowRankConfig(**inputs, **keep),
+        "whitened, shared": LowRankConfig(share=True, **inputs, **keep),
+        "whitened, bias": LowRankConfig(correct_bias=True, **inputs, **keep),
+        "whitened, sequential, bias": LowRankConfig(sequential=True, correct_bias=True, **inputs, **keep),
+        "curvature": LowRankConfig(**keep),
+        "curvature, pivoted": LowRankConfig(pivoted=True, **keep),
+        "curvature, budget": LowRankConfig(budget=asked.keep),
+        "curvature, budget, shared": LowRankConfig(budget=asked.keep, share=True),
+        "curvature, budget, pivoted": LowRankConfig(budget=asked.keep, pivoted=True),
         "budget by outputs": LowRankConfig(**shared),
         "budget by outputs, sequential, bias": LowRankConfig(sequential=True, correct_bias=True, **shared),
         "budget by loss": LowRankConfig(sensitivity="loss", **shared),

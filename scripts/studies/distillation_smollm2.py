@@ -4,9 +4,9 @@
     python -m scripts.studies.distillation_smollm2 run MODEL WIKITEXT --part choices --rates 1e-4 3e-4 1e-3
     python -m scripts.studies.distillation_smollm2 summary
 
-MODEL, WIKITEXT, the text trained on and perplexity are those of `scripts.studies.low_rank`. Every second layer goes,
-and both students begin from what is left. Time is that of the one thread that trains, and what the teacher takes to
-speak is part of it. Learning rates are chosen for each arm on a part of the text; points that are there are not
+MODEL, WIKITEXT, the text trained on and perplexity are those of `scripts.studies.language_model`. Every second layer
+goes, and both students begin from what is left. Time is that of the one thread that trains, and what the teacher takes
+to speak is part of it. Learning rates are chosen for each arm on a part of the text; points that are there are not
 measured again.
 """
 
@@ -25,7 +25,7 @@ from transformers.utils import logging
 from hfcompress import DistillationConfig, LayerDroppingConfig, compress
 from hfcompress.methods.trainer import CompressionTrainer
 from hfcompress.modeling.anatomy import attention_blocks
-from scripts.studies.low_rank import RECOVERY, TEST_BLOCKS, Material, Text, pending, perplexity, rows_of
+from scripts.studies.language_model import BATCH, TEST_BLOCKS, WARM_UP, Material, Text, pending, perplexity, rows_of
 from scripts.studies.material import add_row, read_rows, results_file
 
 RESULTS = results_file("distillation_smollm2.jsonl")
@@ -38,6 +38,7 @@ ARMS: dict[str, DistillationConfig | None] = {
 }
 # To be chosen by `--part choices --rates ...`: nothing has chosen these yet.
 RATES = {"alone": 3e-4, "outputs": 3e-4, "outputs alone": 3e-4}
+SECONDS = 900.0
 MOST_STEPS = 100_000  # more than there is time for
 
 
@@ -58,7 +59,7 @@ class Clock(TrainerCallback):
 
     def rate_at(self, step: int) -> float:
         """Returns what the learning rate is multiplied by."""
-        return min(1.0, (step + 1) / RECOVERY["warmup"]) * self.left
+        return min(1.0, (step + 1) / WARM_UP) * self.left
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Stops."""
@@ -78,7 +79,7 @@ def train(material: Material, arm: str, rate: float, seed: int, seconds: float, 
     trainer = CompressionTrainer(
         student,
         TrainingArguments(
-            str(folder), max_steps=MOST_STEPS, per_device_train_batch_size=int(RECOVERY["batch"]), bf16=True, seed=seed,
+            str(folder), max_steps=MOST_STEPS, per_device_train_batch_size=BATCH, bf16=True, seed=seed,
             use_cpu=True, save_strategy="no", logging_steps=50, report_to="none", disable_tqdm=True,
         ),
         teacher=material.load() if config else None,
@@ -135,7 +136,7 @@ def main() -> None:
     command.add_argument("--arms", nargs="+", choices=tuple(ARMS), default=tuple(ARMS))
     command.add_argument("--rates", nargs="+", type=float, help="instead of the one that was chosen for each arm")
     command.add_argument("--seeds", nargs="+", type=int, default=[0])
-    command.add_argument("--seconds", type=float, default=RECOVERY["seconds"])
+    command.add_argument("--seconds", type=float, default=SECONDS)
     command.add_argument("--blocks", type=int, default=TEST_BLOCKS, help="of the test file; 0 for all of it")
     asked = parser.parse_args()
     asked.work(asked)

@@ -61,15 +61,15 @@ def pruning(removed: float) -> StructuredPruningConfig:
     return StructuredPruningConfig(**settings)
 
 
-BEST: dict[str, Any] = {"size": "budget", "weigh_outputs": True, "pivoted": True, "sensitivity": "curvature"}
+BEST: dict[str, Any] = {"size": "budget", "pivoted": True}
 # In pivoted form an output's rounding is passed on to all that are made of it.
 TWO_FACTORS = BEST | {"pivoted": False}
 FOUR_BITS = QuantizationConfig(weights="nf4", embeddings="int8")
 CURVES: dict[str, Arm] = {
     "plain": lambda share: [low_rank(share, method="svd")],
     "fisher": lambda share: [low_rank(share, method="fisher")],
-    "whitened": lambda share: [low_rank(share, method="whitened")],
-    "whitened, budget": lambda share: [low_rank(share, method="whitened", size="budget")],
+    "whitened": lambda share: [low_rank(share, weigh_outputs=False)],
+    "whitened, budget": lambda share: [low_rank(share, weigh_outputs=False, size="budget")],
     "curvature, budget": lambda share: [low_rank(share, **TWO_FACTORS)],
     "curvature, budget, pivoted": lambda share: [low_rank(share, **BEST)],
     "non-negative": lambda share: [low_rank(share, method="nmf")],

@@ -226,7 +226,7 @@ def test_a_budget_is_kept_and_goes_where_the_loss_is(sensitivity: Any) -> None:
     model.classifier.weight.data.mul_(10)
     for batch in data:  # a model that is right: all that changes it makes it worse
         batch["labels"] = logits(model, batch).argmax(-1)
-    config = LowRankConfig(targets=FFN, budget=0.5, sensitivity=sensitivity, multiple_of=4)
+    config = LowRankConfig(targets=FFN, budget=0.5, weigh_outputs=False, sensitivity=sensitivity, multiple_of=4)
     found = low_rank(model, config, Context(calibration=data))
     ranks = found["ranks"] | dict.fromkeys(found["left_whole"], 60)
     last = "encoder.layer.1.intermediate.dense", "encoder.layer.1.output.dense"
@@ -365,3 +365,31 @@ def test_what_is_known_of_a_model_serves_several_made_of_it() -> None:
     plain = config.model_copy(update={"method": "svd"})
     with pytest.raises(ValueError, match="knowledge is that of whitened, and the config asks for svd"):
         low_rank(tiny_classifier(0), plain, Context(calibration=data), knowledge=known)
+
+
+@pytest.mark.parametrize(
+    ("values", "data", "expected"),
+    [
+        ({}, True, ("whitened", True, "curvature")),
+        ({}, False, ("svd", False, "outputs")),
+        ({"weigh_outputs": False}, True, ("whitened", False, "outputs")),
+        ({"sensitivity": "loss"}, True, ("whitened", True, "loss")),
+        ({"method": "fisher"}, True, ("fisher", False, "outputs")),
+    ],
+)
+def test_what_is_not_said_is_what_the_data_allow(
+    values: dict[str, Any], data: bool, expected: tuple[str, bool, str]
+) -> None:
+    config = LowRankConfig(**values)
+    method = config.method_with(data)
+    assert (method, config.weighs_outputs_with(method), config.sensitivity_with(method)) == expected
+
+
+def test_outputs_are_weighed_where_nothing_else_is_said() -> None:
+    def factorised(**values: Any) -> torch.Tensor:
+        model = correlated_classifier()
+        low_rank(model, LowRankConfig(targets=FFN, keep=0.5, **values), Context(calibration=batches(2)))
+        return logits(model, batches(1)[0])
+
+    assert torch.equal(factorised(), factorised(weigh_outputs=True))
+    assert not torch.allclose(factorised(), factorised(weigh_outputs=False))

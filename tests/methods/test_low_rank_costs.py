@@ -65,9 +65,7 @@ def test_bytes_and_flops_are_counted(pivoted: bool) -> None:
 def test_a_budget_is_kept_in_its_own_unit(measure: Any) -> None:
     model, data = tiny_classifier(), batches(2)
     layers = layers_of(model, "ffn")
-    config = LowRankConfig(
-        targets=("ffn",), budget=0.7, budget_of=measure, weigh_outputs=True, pivoted=True, sensitivity="curvature"
-    )
+    config = LowRankConfig(targets=("ffn",), budget=0.7, budget_of=measure, pivoted=True)
     costs = costs_of(model, layers, measure, data[0], pivoted=True)
     found = low_rank(model, config, Context(calibration=data))
     assert set(found["ranks"]) | set(found["left_whole"]) == set(layers)
@@ -86,7 +84,5 @@ def test_time_is_measured_for_each_shape_once() -> None:
 def test_a_budget_of_time_is_shared_out() -> None:
     """Layers wide enough to take less time with a fifth of their parameters."""
     model, data = tiny_classifier(hidden_size=256, intermediate_size=2048), batches(1)
-    config = LowRankConfig(
-        targets=("ffn",), budget=0.9, budget_of="latency", weigh_outputs=True, sensitivity="curvature"
-    )
+    config = LowRankConfig(targets=("ffn",), budget=0.9, budget_of="latency")
     assert low_rank(model, config, Context(calibration=data))["ranks"]

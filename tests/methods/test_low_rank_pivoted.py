@@ -296,9 +296,7 @@ def test_every_head_has_a_curvature(family: str, head: str) -> None:
 def test_a_budget_by_curvature_is_kept_without_labels_and_goes_where_it_is_heard() -> None:
     data, model = batches(4, labels=False), tiny_classifier()
     model.bert.encoder.layer[1].output.dense.weight.data.mul_(1e-4)  # what the last block says is hardly heard
-    config = LowRankConfig(
-        targets=("ffn",), budget=0.6, weigh_outputs=True, pivoted=True, sensitivity="curvature", multiple_of=4
-    )
+    config = LowRankConfig(targets=("ffn",), budget=0.6, pivoted=True, multiple_of=4)
     found = low_rank(model, config, Context(calibration=data))
     ranks = found["ranks"] | dict.fromkeys(found["left_whole"], 64)
     last, first = "encoder.layer.1.output.dense", "encoder.layer.0.output.dense"
@@ -319,7 +317,10 @@ def test_curves_of_curvature_need_no_measurement() -> None:
     ("values", "said"),
     [
         ({"method": "svd", "weigh_outputs": True}, "weigh_outputs goes with the method whitened, not svd"),
-        ({"budget": 0.5, "sensitivity": "curvature"}, "sensitivity curvature needs weigh_outputs"),
+        (
+            {"budget": 0.5, "sensitivity": "curvature", "weigh_outputs": False},
+            "sensitivity curvature needs the method whitened",
+        ),
         ({"keep": 0.5, "budget_of": "flops"}, "budget_of flops needs a budget"),
     ],
 )
@@ -336,7 +337,7 @@ def test_sequential_weighed_and_pivoted_beats_what_it_is_made_of() -> None:
             if isinstance(module, nn.Linear):
                 module.weight *= 3 * torch.logspace(0.5, -1, module.in_features)
     state = whole.state_dict()
-    for form in ({}, {"weigh_outputs": True}, {"weigh_outputs": True, "pivoted": True}):
+    for form in ({"weigh_outputs": False}, {}, {"pivoted": True}):
         model = tiny_classifier()
         model.load_state_dict(state)
         compress(model, [LowRankConfig(keep=0.6, sequential=True, **form)], calibration=data)

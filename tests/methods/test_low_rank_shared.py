@@ -256,7 +256,7 @@ def test_matrices_that_look_the_same_way_are_nearer_at_the_same_size() -> None:
         {"energy": 0.9},
         {"rank": 20, "sequential": True, "correct_bias": True},
         {"budget": 0.5},
-        {"budget": 0.5, "weigh_outputs": True, "sensitivity": "curvature", "budget_of": "flops"},
+        {"budget": 0.5, "budget_of": "flops"},
     ],
     ids=lambda values: " ".join(values),
 )

@@ -10,6 +10,7 @@ from hfcompress.configuration import Config
 
 Target = Literal["attention", "ffn", "query", "key", "value", "attention_output", "ffn_input", "ffn_output", "linear"]
 Method = Literal["whitened", "svd", "fisher", "nmf"]
+Sensitivity = Literal["outputs", "loss", "curvature"]
 _SIZES = ("keep", "rank", "energy", "budget")
 
 
@@ -31,8 +32,8 @@ class LowRankConfig(Config):
             weights, `fisher` that of its weights by what the loss says of each input (needs labels), `nmf`
             uses non-negative matrices; `auto` is `whitened` where there is calibration data, else `svd`.
         weigh_outputs: Errors of a layer's outputs count by what the model's predictions say of each direction of them
-            (K-FAC: Martens and Grosse 2015). With `whitened` only; takes a backward pass over the calibration data,
-            which needs no labels.
+            (K-FAC: Martens and Grosse 2015). With `whitened` only, where it is done unless it is false; takes a
+            backward pass over the calibration data, which needs no labels.
         pivoted: Factors say `rank` of the outputs by the inputs, and the other outputs by those, which takes
             `rank * rank` numbers less for the same product (PIFA: Zhao et al. 2025). A budget or share then leaves
             ranks that are much higher.
@@ -51,7 +52,8 @@ class LowRankConfig(Config):
             is no part of `targets`, `rank`, `energy` or a budget.
         sensitivity: What `budget` goes by: how far the model's `outputs` move, the rise of the `loss` on labels,
             which is noisier (a model that knows its training texts hardly loses on them), or `curvature`: the rise
-            in second order, which `weigh_outputs` knows at every rank of every layer without measuring any.
+            in second order, which `weigh_outputs` knows at every rank of every layer without measuring any, and
+            which is gone by wherever outputs are weighed and nothing else is said; else it is `outputs`.
         sensitivity_batches: How many calibration batches `budget` measures on.
         multiple_of: Ranks (but not `rank`) are rounded to a multiple of this, which kernels and 4-bit blocks like:
             down, and with `energy` up.
@@ -64,14 +66,14 @@ class LowRankConfig(Config):
     budget: float | None = Field(None, gt=0.2, lt=1)
     budget_of: Literal["parameters", "bytes", "flops", "latency"] = "parameters"
     method: Literal["auto"] | Method = "auto"
-    weigh_outputs: bool = False
+    weigh_outputs: bool | None = None
     pivoted: bool = False
     share: bool = False
     sequential: bool = False
     refit: bool = False
     correct_bias: bool = False
     embeddings: float | None = Field(None, gt=0, lt=1)
-    sensitivity: Literal["outputs", "loss", "curvature"] = "outputs"
+    sensitivity: Sensitivity | None = None
     sensitivity_batches: int = Field(2, ge=1)
     multiple_of: int = Field(8, ge=1, le=256)
 
@@ -80,6 +82,14 @@ class LowRankConfig(Config):
         if self.method != "auto":
             return self.method
         return "whitened" if data or self.sequential else "svd"
+
+    def weighs_outputs_with(self, method: Method) -> bool:
+        """Tells whether outputs are weighed with the method that there is."""
+        return method == "whitened" and self.weigh_outputs is not False
+
+    def sensitivity_with(self, method: Method) -> Sensitivity:
+        """Returns what a budget goes by with the method that there is."""
+        return self.sensitivity or ("curvature" if self.weighs_outputs_with(method) else "outputs")
 
     @model_validator(mode="before")
     @classmethod
@@ -103,6 +113,6 @@ class LowRankConfig(Config):
             raise ValueError("share goes without pivoted: pivoted factors are each layer's own")
         if self.budget_of != "parameters" and self.budget is None:
             raise ValueError(f"budget_of {self.budget_of} needs a budget")
-        if self.sensitivity == "curvature" and not self.weigh_outputs:
-            raise ValueError("sensitivity curvature needs weigh_outputs: true")
+        if self.sensitivity == "curvature" and (self.weigh_outputs is False or self.method not in ("auto", "whitened")):
+            raise ValueError("sensitivity curvature needs the method whitened, and weigh_outputs that is not false")
         return self

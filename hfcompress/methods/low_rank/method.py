@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -134,7 +134,7 @@ def learn(
         inputs=inputs,
         outputs=outputs,
         fisher=input_fisher(model, paths, batches) if method == "fisher" and paths else {},
-        curvature=output_curvature(model, paths, batches) if config.weigh_outputs and paths else {},
+        curvature=output_curvature(model, paths, batches) if config.weighs_outputs_with(method) and paths else {},
     )
 
 
@@ -192,9 +192,10 @@ def _budgeted(
             "a budget is shared out by what is measured on calibration data, and there is none",
             hint="Pass calibration=[batch, ...], or give keep, rank or energy.",
         )
-    if config.sensitivity == "loss" and "labels" not in batches[0]:
+    by = config.sensitivity_with(knowledge.method)
+    if by == "loss" and "labels" not in batches[0]:
         raise CompressionError("sensitivity 'loss' needs calibration batches with labels", hint="Choose 'outputs'.")
-    measured = {} if config.sensitivity == "curvature" else _measured(model, groups, config, knowledge, batches)
+    measured = {} if by == "curvature" else _measured(model, groups, config, knowledge, batches, by)
     curves = {
         group.name: Curve(
             *group.shape, _energies(model, group, knowledge), measured.get(group.name, {}), config.pivoted
@@ -214,10 +215,10 @@ def _measured(
     config: LowRankConfig,
     knowledge: Knowledge,
     batches: Sequence[Batch],
+    by: Literal["outputs", "loss"],
 ) -> dict[str, dict[int, float]]:
     """Returns, by group and rank, how much worse the model is with that group alone factorised."""
-    assert config.sensitivity != "curvature"
-    probe = Probe(model, batches[: config.sensitivity_batches], config.sensitivity)
+    probe = Probe(model, batches[: config.sensitivity_batches], by)
 
     def products(group: Group) -> Callable[[], dict[int, torch.Tensor]]:
         def make() -> dict[int, torch.Tensor]:
