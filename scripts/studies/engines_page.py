@@ -11,7 +11,7 @@ import numpy as np
 
 from scripts.studies.engine_forms import CASES, FORM, TIMED, Form, forms_of
 from scripts.studies.engines import SHAPES
-from scripts.studies.material import ROOT
+from scripts.studies.material import ROOT, table
 
 PAGE = ROOT / "docs" / "engines.md"
 PICTURE = PAGE.with_suffix(".svg")
@@ -96,7 +96,7 @@ def _table(rows: Rows, case: str) -> str:
     metrics = list(rows.get(f"{case}|{_TORCH}|quality", {}))
     head = ["form", "MB", *(metric.replace("_", " ") for metric in metrics)]
     head += ["opens in s", "peak MB"] if alone else []
-    lines = [_line(head), _line(["---", *["--:"] * (len(head) - 1)])]
+    lines = []
     for form in forms_of(case):
         quality = rows.get(f"{case}|{form.name}|quality", {})
         if f"{case}|{form.name}|bytes" not in rows:
@@ -105,8 +105,8 @@ def _table(rows: Rows, case: str) -> str:
         cells += [_shown(metric, quality[metric]) if quality else "" for metric in metrics]
         own = rows.get(f"{case}|{form.name}|alone", {})
         cells += [f"{own['load_seconds']:.2f}", f"{own['peak_bytes'] / 1e6:.0f}"] if own else [""] * 2 * alone
-        lines.append(_line(cells))
-    return "\n".join(lines) + "\n"
+        lines.append(cells)
+    return table(head, lines)
 
 
 def _shown(metric: str, value: float) -> str:
@@ -119,20 +119,14 @@ def _speeds(found: Mapping[str, Mapping[tuple[int, int], Ratio]]) -> str:
     if not found:
         return ""
     shapes = list(found[_TORCH])
-    lines = [_line(["speed-up", *(f"{rows} x {tokens}" for rows, tokens in shapes)])]
-    lines.append(_line(["---", *["--:"] * len(shapes)]))
-    for name, by_shape in found.items():
-        lines.append(_line([name, *(_ratio(by_shape[shape]) for shape in shapes)]))
-    return "\n".join(lines) + "\n"
+    head = ["speed-up", *(f"{rows} x {tokens}" for rows, tokens in shapes)]
+    lines = [[name, *(_ratio(by_shape[shape]) for shape in shapes)] for name, by_shape in found.items()]
+    return table(head, lines)
 
 
 def _ratio(value: Ratio) -> str:
     middle, low, high = value
     return f"{middle:.2f} [{low:.2f}, {high:.2f}]"
-
-
-def _line(cells: list[str]) -> str:
-    return f"| {' | '.join(cells)} |"
 
 
 def _pairs(rows: Rows, base: Mapping[str, str]) -> list[tuple[str, str, str, tuple[int, int], Ratio]]:
@@ -151,15 +145,15 @@ def _by_hand(rows: Rows) -> str:
     pairs = _pairs(rows, {form.name: form.by_hand for form in FORM.values() if form.by_hand})
     if not pairs:
         return "Not timed yet.\n"
-    lines = [_line(["model", "form", *(f"{a} x {b}" for a, b in SHAPES), "bytes", "quality lost: ours, by hand"])]
-    lines.append(_line(["---", "---", *["--:"] * (len(SHAPES) + 2)]))
+    head = ["model", "form", *(f"{a} x {b}" for a, b in SHAPES), "bytes", "quality lost: ours, by hand"]
+    lines = []
     for case in TIMED:
         for name in dict.fromkeys(name for one, name, *_ in pairs if one == case):
             by_shape = {shape: value for one, form, _, shape, value in pairs if (one, form) == (case, name)}
             speeds = [_ratio(by_shape[shape]) if shape in by_shape else "" for shape in SHAPES]
-            lines.append(_line([case, name, *speeds, _bytes(rows, case, name), _lost(rows, case, FORM[name])]))
+            lines.append([case, name, *speeds, _bytes(rows, case, name), _lost(rows, case, FORM[name])])
     slower = [each for each in pairs if each[-1][2] < 1]
-    said = "Time by hand over ours: above 1 ours is faster. Bytes: ours over by hand.\n\n" + "\n".join(lines) + "\n"
+    said = "Time by hand over ours: above 1 ours is faster. Bytes: ours over by hand.\n\n" + table(head, lines, texts=2)
     names = [f"{name} of {case} at {a} x {b} ({_ratio(value)})" for case, name, _, (a, b), value in slower]
     return said + (f"\nSlower than by hand, the whole interval below 1: {'; '.join(names)}.\n" if names else "")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -11,7 +11,7 @@ from scipy.stats import t
 
 from scripts.studies import low_rank, low_rank_encoders
 from scripts.studies.language_model import BATCH, RATES, STEPS, recovered
-from scripts.studies.material import ROOT, TASKS
+from scripts.studies.material import ROOT, TASKS, table
 
 PAGE = ROOT / "docs" / "low_rank.md"
 LANGUAGE_MODEL, ENCODERS = PAGE.with_name("low_rank_language_model.png"), PAGE.with_name("low_rank_encoders.png")
@@ -35,12 +35,6 @@ ARMS = {
     "curvature, budget, pivoted, sequential": f"{_CURVED}, ranks by it, pivoted factors, layer after layer",
 }
 HIGHEST = 30.0  # of the picture: what is above tells nothing more
-
-
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Returns a Markdown table whose first column is text and the rest numbers."""
-    lines = [head, ["---", *["--:"] * (len(head) - 1)], *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
 # The language model

@@ -16,6 +16,7 @@ import argparse
 import json
 import subprocess
 import sys
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,12 @@ def add_row(file: Path, row: dict[str, Any]) -> None:
     with file.open("a") as rows:
         rows.write(json.dumps(row) + "\n")
     print(json.dumps(row), flush=True)
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]], texts: int = 1) -> str:
+    """Returns a Markdown table whose first columns are text and the rest numbers."""
+    lines = [head, [*["---"] * texts, *["--:"] * (len(head) - texts)], *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
 def glue_folder(part: str = "whole") -> Path:

@@ -27,8 +27,7 @@ from hfcompress.methods.registry import Context
 from hfcompress.methods.structured_pruning import structured_pruning
 from hfcompress.modeling.anatomy import attention_blocks
 from scripts.studies.low_rank_encoders import Bench
-from scripts.studies.low_rank_page import table
-from scripts.studies.material import ROOT, add_row, read_rows, results_file
+from scripts.studies.material import ROOT, add_row, read_rows, results_file, table
 
 RESULTS = results_file("pruned_speed.jsonl")
 PAGE = ROOT / "docs" / "pruned_speed.md"

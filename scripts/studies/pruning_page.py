@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from scripts.studies.material import ROOT
+from scripts.studies.material import ROOT, table
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -40,16 +40,16 @@ def write(losses: Losses, examples: int) -> None:
     whole = [losses.rows[task, 0, "original"] for task in losses.tasks]
     before = ", ".join(f"{row['task']} {100 * row['metrics'][row['metric']]:.1f} {row['metric']}" for row in whole)
     head = ["arm", "points lost, mean of tasks", "more than hfcompress", *losses.tasks]
-    lines = [_line(head), _line(["---", *["--:"] * (len(head) - 1)])]
+    lines = []
     ours = losses.pooled("ours")
     for arm in losses.arms:
         pooled = losses.pooled(arm)
         more = "" if arm == "ours" else interval(pooled - ours)
         cells = [f"{losses.of(arm, task)[0]:.2f}" for task in losses.tasks]
-        lines.append(_line([TITLES[arm], interval(pooled), more, *cells]))
+        lines.append([TITLES[arm], interval(pooled), more, *cells])
     draw(losses, PICTURE)
     parts = [_INTRODUCTION.format(examples=examples, draws=draws), f"The models before: {before}.\n\n"]
-    parts += ["\n".join(lines), f"\n\n![Points lost by each arm]({PICTURE.name})\n"]
+    parts += [table(head, lines), f"\n![Points lost by each arm]({PICTURE.name})\n"]
     PAGE.write_text("".join(parts), encoding="utf-8")
 
 
@@ -57,10 +57,6 @@ def interval(values: np.ndarray) -> str:
     """Returns the measured value, the first, and the 95% interval of the others."""
     low, high = np.percentile(values[1:], [2.5, 97.5])
     return f"{values[0]:.2f} [{low:.2f}, {high:.2f}]"
-
-
-def _line(cells: list[str]) -> str:
-    return f"| {' | '.join(cells)} |"
 
 
 def draw(losses: Losses, file: Path) -> None:
