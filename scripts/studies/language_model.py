@@ -136,21 +136,30 @@ def perplexity(model: Any, text: Text) -> float:
 # Training
 
 
-def train(model: Any, text: Text, steps: int, seed: int, rate: float) -> None:
+def train(model: Any, text: Text, steps: int, seed: int, rate: float, first: int = 0) -> None:
     """Trains a model on blocks of a text in 32 bit with bfloat16 products, the rate falling to nothing.
 
     Pivoted layers are trained as hfcompress's Trainer does it: as two factors, which are pivoted in the end.
+
+    Args:
+        model: The model.
+        text: The blocks.
+        steps: How many.
+        seed: Order of the blocks; all have their turn before one has its second.
+        rate: The highest learning rate.
+        first: Steps of the same order that were done before.
     """
     model = model.float().train()
     pivoted = in_two_factors(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.0, fused=True)
-    generator = torch.Generator().manual_seed(seed)
+    count, generator = len(text["labels"]), torch.Generator().manual_seed(seed)
+    rounds = math.ceil((first + steps) * BATCH / count)
+    order = torch.cat([torch.randperm(count, generator=generator) for _ in range(rounds)]).split(BATCH)
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = rate * min(1.0, (step + 1) / WARM_UP) * (1 - step / steps)
-        drawn = torch.randint(len(text["labels"]), (BATCH,), generator=generator)
         with torch.autocast("cpu", torch.bfloat16):
-            loss = model(**rows_of(text, drawn)).loss
+            loss = model(**rows_of(text, order[first + step])).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -186,7 +195,7 @@ def recover(
     for each in points:
         model = copy.deepcopy(made)
         if each["steps"]:
-            train(model, material.training, each["steps"], each["seed"], each["rate"])
+            train(model, material.training, each["steps"], each["seed"], each["rate"], first=STEPS)
             model = model.to(torch.bfloat16)
         measured = {"choices": perplexity(model, material.choices), "perplexity": perplexity(model, text)}
         add_row(file, each | measured | found)
