@@ -179,7 +179,8 @@ def recover(
 
     Args:
         file: Where the rows are.
-        point: What names the model in them; with its `seed`.
+        point: What names the model in them, with its `seed`. All but seed 0 have the rate that this has chosen, once
+            it has.
         material: The texts.
         make: Compresses the fine-tuned model, and says what was found.
         rates: Learning rates.
@@ -187,23 +188,33 @@ def recover(
     """
     text = rows_of(material.test, slice(blocks or None))
     point = point | {"study": "recovered", "test_blocks": len(text["labels"])}
-    points = [point | {"steps": STEPS if rate else 0, "rate": rate} for rate in (0.0, *rates)]
+    found = [row for row in read_rows(file) if point | {"seed": 0} | row == row]
+    if point["seed"] and {row["rate"] for row in found} >= {0.0, *rates}:
+        rates = [chosen_rate(found)]
+    points = [point | {"steps": STEPS if rate else 0, "rate": rate} for rate in dict.fromkeys((0.0, *rates))]
     points = [each for each in points if pending(read_rows(file), each)]
     if not points:
         return
-    made, found = make()
+    made, said = make()
     for each in points:
         model = copy.deepcopy(made)
         if each["steps"]:
             train(model, material.training, each["steps"], each["seed"], each["rate"], first=STEPS)
             model = model.to(torch.bfloat16)
-        measured = {"choices": perplexity(model, material.choices), "perplexity": perplexity(model, text)}
-        add_row(file, each | measured | found)
+        measured = {"perplexity": perplexity(model, text)}
+        if not each["seed"]:
+            measured["choices"] = perplexity(model, material.choices)
+        add_row(file, each | measured | said)
 
 
 def pending(rows: Sequence[dict[str, Any]], point: dict[str, Any]) -> bool:
     """Tells whether no row is of this point."""
-    return not any(point.items() <= row.items() for row in rows)
+    return not any(point | row == row for row in rows)
+
+
+def chosen_rate(rows: Sequence[dict[str, Any]]) -> float:
+    """Returns the rate after compression, 0 for no training, that serves a model best where choices are made."""
+    return min((row for row in rows if row["seed"] == 0), key=lambda row: row["choices"])["rate"]
 
 
 def recovered(rows: Sequence[dict[str, Any]], *names: str) -> list[dict[str, Any]]:
@@ -214,16 +225,13 @@ def recovered(rows: Sequence[dict[str, Any]], *names: str) -> list[dict[str, Any
         names: Of the fields that tell its models from each other, `arm` first.
 
     Returns:
-        Each model's at the rate that served it best on the part for choices with the first seed, or without more
-        training where that served it best, with a `ratio` to the original's of the same seed.
+        Each model's at the rate that was chosen for it, with a `ratio` to the original's of the same seed.
     """
-    rows = [row for row in rows if row["study"] == "recovered"]
-    best: dict[tuple[Any, ...], dict[str, Any]] = {}
+    models: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for row in rows:
-        if row["seed"] == 0:
-            key = tuple(row[name] for name in names)
-            best[key] = min(best.get(key, row), row, key=lambda each: each["choices"])
-    chosen = [row for row in rows if row["rate"] == best[tuple(row[name] for name in names)]["rate"]]
+        if row["study"] == "recovered":
+            models.setdefault(tuple(row[name] for name in names), []).append(row)
+    chosen = [row for model in models.values() for row in model if row["rate"] == chosen_rate(model)]
     originals = {row["seed"]: row["perplexity"] for row in chosen if row["arm"] == "original"}
     return [row | {"ratio": row["perplexity"] / originals[row["seed"]]} for row in chosen if row["seed"] in originals]
 
