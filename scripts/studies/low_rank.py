@@ -158,7 +158,7 @@ def recover(asked: argparse.Namespace) -> None:
     for seed in asked.seeds:
         tuned = material.fine_tuned(seed)
         statistics = Statistics(tuned.load, tuned.calibration(asked.calibration))
-        for arm, removed in [("original", 0.0), *product(asked.arms, asked.removed)]:
+        for arm, removed in [*product(asked.arms, asked.removed), ("original", 0.0)]:
             point = {"arm": arm, "removed": removed, "seed": seed}
             made = partial(make, tuned, statistics, arm, removed)
             language_model.recover(RESULTS, point, tuned, made, asked.rates, asked.blocks)
