@@ -25,7 +25,7 @@ class LowRankConfig(Config):
         energy: Share of the squared singular values (with `whitened` of those of the whitened matrix) that every
             target keeps.
         budget: Share of the parameters that all targets together keep; above 0.2, the lowest share of one layer.
-            Ranks go where they lower the loss most, measured layer by layer on calibration data.
+            Ranks go where they lower the loss most, by what `sensitivity` says on calibration data.
         budget_of: What `budget` is a share of: the targets' `parameters`, their `bytes`, or the `flops` or the time
             (`latency`, measured on this machine) that they take on a calibration batch.
         method: `whitened` minimises the error of the layer's outputs on the calibration data, `svd` that of its

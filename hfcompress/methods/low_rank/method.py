@@ -31,8 +31,8 @@ from hfcompress.modeling.sharing import readers_of_one_input, share
 
 __all__ = ["Fitted", "Knowledge", "fit", "float_layers", "learn", "low_rank"]
 
-# Shares of a layer's parameters at which its part in the loss is measured.
-_MEASURED_AT = (0.6, 0.4, 0.2)
+# Shares of a layer's parameters at which its part in the loss is told.
+_TOLD_AT = (0.6, 0.4, 0.2)
 
 
 def low_rank(
@@ -47,7 +47,8 @@ def low_rank(
         knowledge: What `learn` read off this model for the same method, where several models are made from it.
 
     Returns:
-        The method used, the ranks by layer, the layers left whole, and with a budget what was measured.
+        The method used, the ranks by layer, the layers left whole, and with a budget the rise of the loss by layer
+        and rank that it goes by.
 
     Raises:
         CompressionError: A target is quantized or not finite, or calibration data is missing.
@@ -151,7 +152,7 @@ def choose_ranks(
     knowledge: Knowledge,
     batches: Sequence[Batch],
 ) -> tuple[dict[str, int | None], dict[str, dict[int, float]]]:
-    """Returns, by its first layer, each group's rank, None where it stays whole, and what was measured for it."""
+    """Returns, by its first layer, each group's rank, None where it stays whole, and what a budget goes by."""
     if config.budget is not None:
         return _budgeted(model, groups, config, knowledge, batches)
     ranks: dict[str, int | None] = {}
@@ -206,7 +207,16 @@ def _budgeted(
     if config.budget_of != "parameters":
         layers = {group.name: (group.outputs, group.inputs) for group in groups}
         costs = costs_of(model, layers, config.budget_of, batches[0], pivoted=config.pivoted)
-    return allocate(curves, config.budget, config.multiple_of, costs), measured
+    known = measured or {
+        group.name: {rank: curves[group.name].loss(rank) for rank in _told_ranks(group, config)} for group in groups
+    }
+    return allocate(curves, config.budget, config.multiple_of, costs), known
+
+
+def _told_ranks(group: Group, config: LowRankConfig) -> list[int]:
+    """Returns the ranks at which it is said what a group's part in the loss is, the highest first."""
+    ranks = {rank_for(*group.shape, keep, config.multiple_of, config.pivoted) for keep in _TOLD_AT}
+    return sorted(ranks, reverse=True)
 
 
 def _measured(
@@ -222,10 +232,9 @@ def _measured(
 
     def products(group: Group) -> Callable[[], dict[int, torch.Tensor]]:
         def make() -> dict[int, torch.Tensor]:
-            ranks = {rank_for(*group.shape, keep, config.multiple_of, config.pivoted) for keep in _MEASURED_AT}
             made: dict[int, torch.Tensor] = {}
             factors = None
-            for rank in sorted(ranks, reverse=True):
+            for rank in _told_ranks(group, config):
                 # The best product of a lower rank begins like that of a higher one, unless it is fitted on.
                 if factors is None or config.refit or knowledge.method == "nmf":
                     factors = fit_group(model, group, rank, config, knowledge).factors
