@@ -34,14 +34,10 @@ TEST_BLOCKS = 24
 CHOICE_SHARE = 0.25
 BATCH = 2  # blocks a step
 WARM_UP = 20  # steps
-# Steps of the fine-tuning and of the training after compression: of one thread about 3.6 s each, so that both are 15
-# minutes. The fine-tuned model is better on the part for choices after half of them, with its rate fallen to nothing,
-# than after all of them at once.
+# Steps of the fine-tuning, and as many after compression: of one thread 3.6 to 4 s each, so that both are 15 minutes.
 STEPS = 110
 FINE_TUNED_AT = 1e-4
-# After compression: each model has the one that serves it best on the part for choices, or none. At 1e-4 factors were
-# worse there in the end than in the beginning.
-RATES = (1e-5, 3e-5)
+RATES = (3e-5,)  # after compression: each model has the one that serves it best on the part for choices, or none
 
 # Blocks of tokens, int64 `(blocks, BLOCK)`, as a model's arguments; labels are -100 where nothing is to be predicted.
 Text = dict[str, torch.Tensor]

@@ -93,12 +93,12 @@ def _recovered(rows: Sequence[Row]) -> str:
             ]
         )
     head = ["", "removed", "seeds", "at once", "in the end", "trained on", "over the original's"]
-    rates = ", ".join(f"{rate:.0e}" for rate in RATES)
+    rates = " or ".join(f"{rate:.0e}" for rate in RATES)
     return f"""The same model fine-tuned, then factorised, then trained on: {2 * STEPS} steps of {BATCH} blocks in all,
 which take one thread some 15 minutes, half of them before factorising, on three quarters of the validation file, where
-no `<unk>` is read or predicted. Of the learning rates {rates} and no more training each has what served it
-best on the last quarter with the first seed; the original too. A seed is an order of the blocks, a ratio is that of the
-same seed, an interval is Student's at 95%.
+no `<unk>` is read or predicted. Each model is trained on at {rates}, or not at all, as served it better on the last
+quarter with the first seed; the original too. A seed is an order of the blocks, a ratio is that of the same seed, an
+interval is Student's at 95%.
 
 {table(head, lines)}
 """
