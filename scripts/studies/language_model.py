@@ -184,7 +184,7 @@ def recover(
     """
     text = rows_of(material.test, slice(blocks or None))
     point = point | {"study": "recovered", "test_blocks": len(text["labels"])}
-    found = [row for row in read_rows(file) if point | {"seed": 0} | row == row]
+    found = [row for row in read_rows(file) if row | point | {"seed": 0} == row]
     if point["seed"] and {row["rate"] for row in found} >= {0.0, *rates}:
         rates = [chosen_rate(found)]
     points = [point | {"steps": STEPS if rate else 0, "rate": rate} for rate in dict.fromkeys((0.0, *rates))]
@@ -205,7 +205,7 @@ def recover(
 
 def pending(rows: Sequence[dict[str, Any]], point: dict[str, Any]) -> bool:
     """Tells whether no row is of this point."""
-    return not any(point | row == row for row in rows)
+    return not any(row | point == row for row in rows)
 
 
 def chosen_rate(rows: Sequence[dict[str, Any]]) -> float:
