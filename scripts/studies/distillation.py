@@ -100,7 +100,7 @@ def measure(task: str, seeds: int) -> None:
         pairs = [list(each) for each in zip(books["alone"], books[arm], strict=True)]
         gained = over_seeds(range(seeds), ("alone", arm), pairs, get_task(task)).rows[1].differences
         found[f"{task}|{arm}"]["gained"] = {name: [each.value, each.low, each.high] for name, each in gained.items()}
-    RESULTS.parent.mkdir(exist_ok=True)
+    RESULTS.parent.mkdir(parents=True, exist_ok=True)
     RESULTS.write_text(json.dumps(found, indent=1))
 
 

@@ -60,7 +60,7 @@ class Results:
         if self.file.is_file():
             self.rows = json.loads(self.file.read_text(encoding="utf-8"))
         self.rows[key] = value
-        self.file.parent.mkdir(exist_ok=True)
+        self.file.parent.mkdir(parents=True, exist_ok=True)
         partial = self.file.with_suffix(".partial")
         partial.write_text(json.dumps(self.rows, indent=1, sort_keys=True) + "\n", encoding="utf-8")
         partial.replace(self.file)

@@ -49,7 +49,7 @@ def write(rows: Rows) -> None:
             parts += [f"## {case}\n", _table(rows, case), _speeds(ratios.get(case, {}))]
     parts += ["## Against the same engine by hand\n", _by_hand(rows)]
     parts += ["## What quantization makes slower here\n", _slower(rows)]
-    PAGE.parent.mkdir(exist_ok=True)
+    PAGE.parent.mkdir(parents=True, exist_ok=True)
     PAGE.write_text("\n".join(part for part in parts if part), encoding="utf-8")
 
 

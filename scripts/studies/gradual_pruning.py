@@ -85,7 +85,7 @@ def summary(asked: argparse.Namespace) -> None:
     from matplotlib.figure import Figure
 
     rows = list(points())
-    ROWS.parent.mkdir(exist_ok=True)
+    ROWS.parent.mkdir(parents=True, exist_ok=True)
     ROWS.write_text("".join(json.dumps(row) + "\n" for row in rows))
     figure = Figure(figsize=(7, 4.5), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)

@@ -42,9 +42,7 @@ def study_root() -> Path:
 
 def results_file(name: str) -> Path:
     """Returns where a study keeps its rows: beside the data, whose right answers some hold, not in the project."""
-    folder = study_root() / "results"
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder / name
+    return study_root() / "results" / name
 
 
 def read_rows(file: Path) -> list[dict[str, Any]]:
@@ -54,6 +52,7 @@ def read_rows(file: Path) -> list[dict[str, Any]]:
 
 def add_row(file: Path, row: dict[str, Any]) -> None:
     """Keeps a row of a study, and prints it."""
+    file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("a") as rows:
         rows.write(json.dumps(row) + "\n")
     print(json.dumps(row), flush=True)

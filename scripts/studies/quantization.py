@@ -182,7 +182,7 @@ def read() -> list[dict[str, Any]]:
 
 def write(rows: list[dict[str, Any]]) -> None:
     """Writes the rows, whole or not at all."""
-    RESULTS.parent.mkdir(exist_ok=True)
+    RESULTS.parent.mkdir(parents=True, exist_ok=True)
     partial = RESULTS.with_suffix(f".{os.getpid()}")
     partial.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")
     os.replace(partial, RESULTS)

@@ -75,7 +75,7 @@ def main() -> None:
     logging.disable_progress_bar()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=["sst2"])
-    RESULTS.parent.mkdir(exist_ok=True)
+    RESULTS.parent.mkdir(parents=True, exist_ok=True)
     for name in parser.parse_args().tasks:
         row = json.dumps(measure(name))
         with RESULTS.open("a") as file:

@@ -1,0 +1,68 @@
+"""What the studies decide by: which points are still to be measured, and which of them count."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from scripts.studies.language_model import blocks_of, pending, recovered
+from scripts.studies.low_rank import ARMS, config_of
+
+
+def row(arm: str, seed: int, rate: float, perplexity: float, choices: float | None = None) -> dict[str, Any]:
+    made = {"study": "recovered", "arm": arm, "seed": seed, "rate": rate, "perplexity": perplexity}
+    return made if choices is None else made | {"choices": choices}
+
+
+def test_a_point_is_pending_until_a_row_has_all_of_it() -> None:
+    rows = [row("original", 0, 0.0, 20.0)]
+    assert not pending(rows, {"arm": "original", "seed": 0})
+    assert pending(rows, {"arm": "original", "seed": 1})
+    assert pending(rows, {"arm": "original", "removed": 0.1})
+    assert pending([], {"arm": "original"})
+
+
+def test_the_first_seed_chooses_and_ratios_are_those_of_the_same_seed() -> None:
+    rows = [
+        row("original", 0, 0.0, 10.0, choices=5.0),
+        row("original", 0, 1e-4, 8.0, choices=6.0),  # better on the test file, which chooses nothing
+        row("original", 1, 0.0, 20.0),
+        row("smaller", 0, 0.0, 15.0, choices=9.0),
+        row("smaller", 0, 1e-4, 12.0, choices=7.0),
+        row("smaller", 1, 0.0, 50.0),
+        row("smaller", 1, 1e-4, 30.0),
+        row("smaller", 2, 1e-4, 30.0),  # there is no original of this seed yet
+    ]
+    found = [(each["arm"], each["seed"], each["ratio"]) for each in recovered(rows, "arm")]
+    assert found == [("original", 0, 1.0), ("original", 1, 1.0), ("smaller", 0, 1.2), ("smaller", 1, 1.5)]
+
+
+class Letters:
+    """A tokenizer whose tokens are letters."""
+
+    unk_token_id = 0
+
+    def __call__(self, text: str, **options: Any) -> dict[str, list[int]]:
+        return {"input_ids": [ord(letter) for letter in text]}
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_nothing_reads_or_predicts_what_is_not_known(known: bool) -> None:
+    text = "a" * 600 + ("b" if known else "<unk>") + "c" * 500
+    made = blocks_of(text, Letters())
+    assert made["input_ids"].shape == (2, 512)
+    gap = torch.zeros(2, 512, dtype=torch.bool)
+    gap[1, 600 - 512] = not known
+    assert torch.equal(made["labels"] == -100, gap)
+    assert torch.equal(made["input_ids"] == 0, gap)
+    assert known or torch.equal(made["attention_mask"] == 0, gap)
+    assert ("attention_mask" in made) != known
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_every_arm_removes_the_share_that_it_is_asked_for(arm: str) -> None:
+    config = config_of(arm, 0.3)
+    assert (config.keep or config.budget) == 0.7
+    assert config.weighs_outputs_with(config.method_with(True)) == arm.startswith("curvature")
