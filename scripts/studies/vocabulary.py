@@ -11,7 +11,6 @@ are those of `scripts.studies.material`.
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ from hfcompress.methods.vocabulary import vocabulary
 from hfcompress.modeling.measure import weight_bytes
 from hfcompress.modeling.saving import save
 from hfcompress.tasks import get_task, load_data
-from scripts.studies.material import TASKS, glue_folder, results_file, teacher_folder
+from scripts.studies.material import TASKS, add_row, glue_folder, results_file, teacher_folder
 
 RESULTS = results_file("vocabulary.jsonl")
 
@@ -75,12 +74,8 @@ def main() -> None:
     logging.disable_progress_bar()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=["sst2"])
-    RESULTS.parent.mkdir(parents=True, exist_ok=True)
     for name in parser.parse_args().tasks:
-        row = json.dumps(measure(name))
-        with RESULTS.open("a") as file:
-            file.write(row + "\n")
-        print(row, flush=True)
+        add_row(RESULTS, measure(name))
 
 
 if __name__ == "__main__":
