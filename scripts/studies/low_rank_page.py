@@ -61,8 +61,9 @@ Ranks are multiples of 8, so that a fixed share removes 1 to 2 points more than 
 
 {table(head, lines)}
 """
-    text += _recovered([row for row in rows if row["study"] == "recovered"])
-    _draw_language_model(arms, ratios, shares)
+    after = [row for row in rows if row["study"] == "recovered"]
+    text += _recovered(after)
+    _draw_language_model(arms, ratios, shares, recovered(after, "arm", "removed"))
     return f"{text}![Perplexity by method and share removed]({LANGUAGE_MODEL.name})\n\n"
 
 
@@ -77,9 +78,12 @@ def _recovered(rows: Sequence[Row]) -> str:
         return ""
     lines = []
     chosen = recovered(rows, "arm", "removed")
-    for arm, share in dict.fromkeys((row["arm"], row["removed"]) for row in chosen):
+    for arm, share in sorted({(row["arm"], row["removed"]) for row in chosen}, key=lambda each: (each[1], each[0])):
         mine = [row for row in chosen if (row["arm"], row["removed"]) == (arm, share)]
-        before = [row for row in rows if (row["arm"], row["removed"], row["rate"]) == (arm, share, 0)]
+        seeds = {row["seed"] for row in mine}
+        before = [
+            row for row in rows if (row["arm"], row["removed"], row["rate"]) == (arm, share, 0) and row["seed"] in seeds
+        ]
         rate = mine[0]["rate"]
         lines.append(
             [
@@ -111,18 +115,25 @@ def _spread(ratios: Sequence[float]) -> str:
     return f"{mean(ratios):.3f} ({mean(ratios) - half:.3f} to {mean(ratios) + half:.3f})"
 
 
-def _draw_language_model(arms: Sequence[str], ratios: dict[Point, float], shares: Sequence[float]) -> None:
+def _draw_language_model(
+    arms: Sequence[str], ratios: dict[Point, float], shares: Sequence[float], after: Sequence[Row]
+) -> None:
     figure, (axes,) = _figure(1, 1, (7.2, 4.2))
     for arm in arms:
         mine = [(100 * share, ratios[arm, share]) for share in shares if (arm, share) in ratios]
         if min(ratio for _, ratio in mine) < HIGHEST:
             axes.plot(*zip(*mine, strict=True), marker="o", markersize=4, label=ARMS[arm])
+    for arm in [arm for arm in ARMS if any(row["arm"] == arm for row in after)]:
+        places = sorted({row["removed"] for row in after if row["arm"] == arm})
+        means = [mean(row["ratio"] for row in after if (row["arm"], row["removed"]) == (arm, at)) for at in places]
+        label = f"fine-tuned, {ARMS[arm]}, trained on"
+        axes.plot([100 * at for at in places], means, marker="s", markersize=4, linestyle="--", label=label)
     axes.set(xlabel="linear parameters removed, %", ylabel="perplexity / the original's", yscale="log")
     axes.set_yticks([1, 2, 5, 10, 20], ["1", "2", "5", "10", "20"])
     axes.set(xticks=[100 * share for share in shares], ylim=(0.9, HIGHEST))
     axes.minorticks_off()
     axes.grid(axis="y", linewidth=0.3)
-    axes.set_title("SmolLM2-135M, without training; plain and Fisher-weighted SVD are above the picture", fontsize=10)
+    axes.set_title("SmolLM2-135M; plain and Fisher-weighted SVD are above the picture", fontsize=10)
     axes.legend(fontsize=7)
     _keep(figure, LANGUAGE_MODEL)
 
