@@ -269,8 +269,9 @@ def _sensitivities(report: Report) -> str:
         return ""
     told = (
         "<p>How far the outputs move on the calibration data when one part alone is quantized, or factorised to a "
-        "rank, measured, or to second order by the predictions' curvature: the mean Kullback-Leibler divergence, or of "
-        "numbers the mean squared difference. The stronger the colour, the more.</p>"
+        "rank, measured, or to second order by the predictions' curvature, that of a very sure model at a higher "
+        "temperature: the mean Kullback-Leibler divergence, or of numbers the mean squared difference. The stronger "
+        "the colour, the more.</p>"
     )
     return section("What each part loses", told + f'<div class="maps">{"".join(map(heat_map, found))}</div>')
 
