@@ -221,13 +221,15 @@ def recovered(rows: Sequence[dict[str, Any]], *names: str) -> list[dict[str, Any
         names: Of the fields that tell its models from each other, `arm` first.
 
     Returns:
-        Each model's at the rate that was chosen for it, with a `ratio` to the original's of the same seed.
+        Each model's at the rate that the first seed has chosen for it, with a `ratio` to the original's of the same
+        seed; none of a model that the first seed has not measured yet.
     """
     models: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for row in rows:
         if row["study"] == "recovered":
             models.setdefault(tuple(row[name] for name in names), []).append(row)
-    chosen = [row for model in models.values() for row in model if row["rate"] == chosen_rate(model)]
+    begun = [model for model in models.values() if any(row["seed"] == 0 for row in model)]
+    chosen = [row for model in begun for row in model if row["rate"] == chosen_rate(model)]
     originals = {row["seed"]: row["perplexity"] for row in chosen if row["arm"] == "original"}
     return [row | {"ratio": row["perplexity"] / originals[row["seed"]]} for row in chosen if row["seed"] in originals]
 

@@ -62,8 +62,9 @@ Ranks are multiples of 8, so that a fixed share removes 1 to 2 points more than 
 {table(head, lines)}
 """
     after = [row for row in rows if row["study"] == "recovered"]
-    text += _recovered(after)
-    _draw_language_model(arms, ratios, shares, recovered(after, "arm", "removed"))
+    chosen = recovered(after, "arm", "removed")
+    text += _recovered(after, chosen)
+    _draw_language_model(arms, ratios, shares, chosen)
     return f"{text}![Perplexity by method and share removed]({LANGUAGE_MODEL.name})\n\n"
 
 
@@ -73,11 +74,10 @@ def _ratio(value: float | None) -> str:
     return f"{value:.2f}" if value < 100 else f"{value:,.0f}" if value < 1e5 else f"{value:.0e}"
 
 
-def _recovered(rows: Sequence[Row]) -> str:
-    if not rows:
+def _recovered(rows: Sequence[Row], chosen: Sequence[Row]) -> str:
+    if not chosen:
         return ""
     lines = []
-    chosen = recovered(rows, "arm", "removed")
     for arm, share in sorted({(row["arm"], row["removed"]) for row in chosen}, key=lambda each: (each[1], each[0])):
         mine = [row for row in chosen if (row["arm"], row["removed"]) == (arm, share)]
         seeds = {row["seed"] for row in mine}

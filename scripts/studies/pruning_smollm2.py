@@ -78,11 +78,11 @@ def summary(asked: argparse.Namespace) -> None:
     """Prints the table."""
     rows = read_rows(RESULTS)
     first = [row for row in rows if row["study"] == "without training"]
+    base = {each["test_blocks"]: each["perplexity"] for each in first if each["arm"] == "original"}
+    first = [row | {"ratio": row["perplexity"] / base[row["test_blocks"]]} for row in first]
     for row in first + recovered(rows, "arm"):
         size = f"{row['parameters_removed']:.1%} fewer parameters"
-        base = next(each["perplexity"] for each in first if each["arm"] == "original")
-        ratio = row.get("ratio", row["perplexity"] / base)
-        print(f"{row['study']:17} {row['arm']:36} {size:24} {row['perplexity']:9.2f} {ratio:8.3f}")
+        print(f"{row['study']:17} {row['arm']:36} {size:24} {row['perplexity']:9.2f} {row['ratio']:8.3f}")
 
 
 def main() -> None:
