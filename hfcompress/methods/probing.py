@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 from hfcompress.errors import CompressionError
 from hfcompress.methods.calibration import evaluating
 from hfcompress.methods.registry import Batch
-from hfcompress.methods.statistics import Replay, real_rows
+from hfcompress.methods.replay import Replay
+from hfcompress.methods.statistics import real_rows
 
 By = Literal["loss", "outputs"]
 

@@ -6,7 +6,7 @@ Padding is left out wherever a batch says by its `attention_mask` where it is: n
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,8 +18,7 @@ from transformers import PreTrainedModel
 from hfcompress.errors import CompressionError
 from hfcompress.methods.calibration import evaluating
 from hfcompress.methods.registry import Batch
-from hfcompress.modeling.anatomy import architecture_of, base_model, layer_lists
-from hfcompress.modeling.architectures import architectures
+from hfcompress.modeling.anatomy import base_model
 
 # So many show which layers read one tensor.
 _FEW_ROWS = 4
@@ -117,14 +116,20 @@ def _few_rows(batch: Batch) -> Batch:
     return {name: value[:_FEW_ROWS] for name, value in batch.items()}
 
 
-class _Sums:
-    """Sums of one input, and of a reference's beside it."""
+class Sums:
+    """Sums of one input, and of a reference's beside it.
+
+    Attributes:
+        count: Rows so far.
+        sums: By name of what `InputStatistics` says of them.
+    """
 
     def __init__(self) -> None:
         self.count = 0
         self.sums: dict[str, torch.Tensor] = {}
 
     def add(self, rows: torch.Tensor, reference: torch.Tensor | None = None) -> None:
+        """Adds rows `(positions, in)`, and what stands at the same positions in the reference."""
         rows = rows.float()
         self.count += len(rows)
         self._add("mean", rows.sum(0))
@@ -141,6 +146,11 @@ class _Sums:
             self.sums[name] = value
 
     def statistics(self, path: str) -> InputStatistics:
+        """Returns the averages.
+
+        Raises:
+            CompressionError: They are not finite (the layer is named).
+        """
         if not all(torch.isfinite(each).all() for each in self.sums.values()):
             raise CompressionError(f"{path}: the calibration activations are not finite")
         return InputStatistics(**{name: value / self.count for name, value in self.sums.items()})
@@ -184,35 +194,69 @@ def layer_statistics(
     Raises:
         CompressionError: As `input_statistics`.
     """
-    base = base_model(model)
     pending = each_batch(model, batches, "calibration")
-    groups = shared_inputs(model, paths, batches[0]) if batches else []
-    leaders = [group[0] for group in groups]
-    narrow = {group[0] for group in groups if len(group) == 1 and group[0] in by_outputs}
-    sums = {path: _Sums() for path in leaders}
-    current: dict[str, torch.Tensor] = {}
+    with LayerReader(model, paths, batches, by_outputs=by_outputs) as reader, torch.no_grad(), evaluating(model):
+        for reader.batch in pending:
+            model(**reader.batch)
+    return reader.statistics()
 
-    def watch(path: str) -> Callable[..., None]:
-        return lambda module, arguments: sums[path].add(real_rows(arguments[0], current))
 
-    def watch_outputs(path: str) -> Callable[..., None]:
+class LayerReader:
+    """Reads, while it is entered, what `layer_statistics` gives off the forward passes of whoever runs the model.
+
+    Args:
+        model: The model.
+        paths: The layers, relative to the base model.
+        batches: Model inputs; a few rows of the first are run to see which layers read the same.
+        by_outputs: As for `layer_statistics`.
+
+    Attributes:
+        batch: What the model runs on, to be set before it does: it says what is padding.
+
+    Raises:
+        CompressionError: A layer is never run.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, paths: Sequence[str], batches: Sequence[Batch], *, by_outputs: Sequence[str] = ()
+    ) -> None:
+        self.batch: Batch = {}
+        self._base = base_model(model)
+        self._groups = shared_inputs(model, paths, batches[0]) if batches else []
+        self._narrow = {group[0] for group in self._groups if len(group) == 1 and group[0] in by_outputs}
+        self._sums = {group[0]: Sums() for group in self._groups}
+        self._hooks = ExitStack()
+
+    def __enter__(self) -> LayerReader:
+        for path, sums in self._sums.items():
+            module = self._base.get_submodule(path)
+            if path in self._narrow:
+                self._hooks.callback(module.register_forward_hook(self._outputs_into(sums)).remove)
+            else:
+                self._hooks.callback(module.register_forward_pre_hook(self._inputs_into(sums)).remove)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._hooks.close()
+
+    def statistics(self) -> tuple[dict[str, InputStatistics], dict[str, torch.Tensor]]:
+        """Returns what `layer_statistics` does.
+
+        Raises:
+            CompressionError: Activations that are not finite (the layer is named).
+        """
+        made = {leader: sums.statistics(leader) for leader, sums in self._sums.items()}
+        inputs = {path: made[group[0]] for group in self._groups for path in group if group[0] not in self._narrow}
+        return inputs, {path: made[path].second_moment for path in made if path in self._narrow}
+
+    def _inputs_into(self, sums: Sums) -> Callable[..., None]:
+        return lambda module, arguments: sums.add(real_rows(arguments[0], self.batch))
+
+    def _outputs_into(self, sums: Sums) -> Callable[..., None]:
         def hook(module: Any, arguments: Any, output: torch.Tensor) -> None:
-            sums[path].add(real_rows(output if module.bias is None else output - module.bias, current))
+            sums.add(real_rows(output if module.bias is None else output - module.bias, self.batch))
 
         return hook
-
-    with ExitStack() as stack, torch.no_grad(), evaluating(model):
-        for path in leaders:
-            module = base.get_submodule(path)
-            if path in narrow:
-                stack.callback(module.register_forward_hook(watch_outputs(path)).remove)
-            else:
-                stack.callback(module.register_forward_pre_hook(watch(path)).remove)
-        for current in pending:
-            model(**current)
-    made = {leader: each.statistics(leader) for leader, each in sums.items()}
-    inputs = {path: made[group[0]] for group in groups for path in group if group[0] not in narrow}
-    return inputs, {path: made[path].second_moment for path in leaders if path in narrow}
 
 
 def input_fisher(model: PreTrainedModel, paths: Sequence[str], batches: Sequence[Batch]) -> Mapping[str, torch.Tensor]:
@@ -270,109 +314,3 @@ def _column_squares(inputs: torch.Tensor, gradient: torch.Tensor, size: int) -> 
         inputs, gradient = inputs.unsqueeze(0), gradient.unsqueeze(0)
     pairs = zip(inputs.flatten(1, -2).float(), gradient.flatten(1, -2).float(), strict=True)
     return torch.stack([(slope.T @ rows).square().sum(0) for rows, slope in pairs]).sum(0)
-
-
-# Layer by layer
-
-
-class _Reached(Exception):
-    """All that was to be seen has been seen; the rest of the forward is not needed."""
-
-
-class Replay:
-    """Runs a model from the middle: layers that will not change any more give back what they gave before.
-
-    It works on any family whose layers are known, for each layer is a module that is called once. Where a family
-    is not known, or shares its layers, everything is run.
-
-    Args:
-        model: The model.
-        batches: Model inputs, always the same.
-    """
-
-    def __init__(self, model: PreTrainedModel, batches: Sequence[Batch]) -> None:
-        self.model, self.batches = model, batches
-        self.base = base_model(model)
-        self._outputs: dict[str, list[Any]] = {}  # by stack: those of its last finished layer
-        self._finished: list[Any] = []
-        self._current = 0
-
-    def layer_of(self, path: str) -> str | None:
-        """Returns the layer that holds a module, or None where there is none that is run once."""
-        if self.model.config.model_type not in architectures():
-            return None
-        for stack in architecture_of(self.model).stacks:
-            for layers in () if stack.shared else layer_lists(self.model, stack):
-                if path.startswith(f"{layers}."):
-                    return f"{layers}.{path.removeprefix(f'{layers}.').partition('.')[0]}"
-        return None
-
-    def inputs(self, path: str) -> Iterator[torch.Tensor]:
-        """Yields what enters a module, real positions as rows, batch by batch."""
-        caught: list[torch.Tensor] = []
-
-        def hook(module: nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
-            caught.append(arguments[0])
-            raise _Reached
-
-        with _hooked(self.base.get_submodule(path).register_forward_pre_hook(hook)):
-            for batch in self._run():
-                yield real_rows(caught.pop(), batch)
-
-    def finish(self, layer: str) -> None:
-        """Records what a layer gives; neither it nor any before it in its stack may change after this."""
-        caught: list[Any] = []
-
-        def hook(module: nn.Module, arguments: Any, output: Any) -> None:
-            caught.append(output)
-            raise _Reached
-
-        module: Any = self.base.get_submodule(layer)
-        with _hooked(module.register_forward_hook(hook)):
-            for _ in self._run():
-                pass
-        stack = layer.rpartition(".")[0]
-        self._outputs[stack] = caught
-        # The layers before give the same: what they give is read by nothing but the next one, which does not look.
-        module.forward = lambda *arguments, **named: self._outputs[stack][self._current]
-        self._finished.append(module)
-
-    def at(self, number: int) -> None:
-        """Says which batch the model is run on next, by whoever runs it."""
-        self._current = number
-
-    def close(self) -> None:
-        """Lets every layer run again."""
-        for module in self._finished:
-            vars(module).pop("forward", None)
-        self._finished.clear()
-        self._outputs.clear()
-
-    def _run(self) -> Iterator[dict[str, torch.Tensor]]:
-        for number, batch in enumerate(self.batches):
-            self._current = number
-            moved = {name: value.to(self.model.device) for name, value in batch.items()}
-            # Not around the yield: two replays run by turns, and would leave each other's mode behind.
-            with torch.no_grad(), evaluating(self.model), suppress(_Reached):
-                self.model(**moved)
-            yield moved
-
-
-@contextmanager
-def _hooked(handle: Any) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-def paired_statistics(changed: Replay, reference: Replay, path: str) -> InputStatistics:
-    """Averages what enters a module of a model that is being changed, beside what enters it in the original.
-
-    Raises:
-        CompressionError: Activations that are not finite.
-    """
-    sums = _Sums()
-    for rows, other in zip(changed.inputs(path), reference.inputs(path), strict=True):
-        sums.add(rows, other)
-    return sums.statistics(path)

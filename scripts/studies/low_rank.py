@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from itertools import product
 from typing import Any
@@ -23,6 +24,7 @@ import torch
 
 from hfcompress import LowRankConfig
 from hfcompress.methods.low_rank import low_rank
+from hfcompress.methods.low_rank.config import Method
 from hfcompress.methods.low_rank.method import Knowledge, float_layers, learn
 from hfcompress.methods.registry import Context
 from hfcompress.modeling.anatomy import base_model, modules_of
@@ -88,27 +90,25 @@ class Statistics:
 
     def __init__(self, load: Callable[[], Any], batches: list[dict[str, torch.Tensor]]) -> None:
         self.load, self.batches = load, batches
-        self._known: dict[str, Any] = {}
+        self._known: dict[str, Knowledge] = {}
 
     def of(self, config: LowRankConfig) -> Knowledge:
         """Returns what an arm is fitted to."""
         method = config.method_with(data=True)
-        if method == "fisher":
-            return self._learned("fisher", LowRankConfig(targets=config.targets, method="fisher"))
-        inputs = outputs = curvature = {}
-        if method == "whitened":
-            learned = self._learned("inputs", LowRankConfig(targets=config.targets, weigh_outputs=False))
-            inputs, outputs = learned.inputs, learned.outputs
-        if config.weighs_outputs_with(method):
-            wanted = LowRankConfig(targets=config.targets, sequential=True)
-            curvature = self._learned("curvature", wanted).curvature
-        return Knowledge(method=method, inputs=inputs, outputs=outputs, curvature=curvature)
+        weighs = config.weighs_outputs_with(method)
+        asked = LowRankConfig(
+            targets=config.targets, method=method, weigh_outputs=weighs, sequential=config.sequential and weighs
+        )
+        inputs = asked.model_copy(update={"weigh_outputs": False, "sequential": False})
+        found = self._learned(asked, method)
+        # A sequential update needs inputs as well, to share out ranks.
+        return replace(found, inputs=self._learned(inputs, method).inputs) if asked.sequential else found
 
-    def _learned(self, name: str, config: LowRankConfig) -> Knowledge:
+    def _learned(self, config: LowRankConfig, method: Method) -> Knowledge:
+        name = config.model_dump_json()
         if name not in self._known:
             model = self.load()
-            paths = list(float_layers(model, config)[0])
-            self._known[name] = learn(model, paths, config, config.method_with(data=True), self.batches)
+            self._known[name] = learn(model, list(float_layers(model, config)[0]), config, method, self.batches)
         return self._known[name]
 
 

@@ -158,7 +158,7 @@ def test_replaying_finished_layers_changes_nothing(family: str, monkeypatch: pyt
     for replays in (True, False):
         model = make(family, head)
         if not replays:
-            monkeypatch.setattr("hfcompress.methods.statistics.Replay.layer_of", lambda self, path: None)
+            monkeypatch.setattr("hfcompress.methods.replay.Replay.layer_of", lambda self, path: None)
         low_rank(model, config, Context(calibration=data))
         assert not [name for name, module in model.named_modules() if "forward" in vars(module)]
         with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Factors that say some outputs by others, and errors weighed by what the predictions say of them."""
+"""Factors that say some outputs by others."""
 
 from __future__ import annotations
 
@@ -11,17 +11,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
 
 from hfcompress import LowRankConfig, QuantizationConfig, compress
-from hfcompress.errors import CheckpointError, CompressionError, ConfigError
-from hfcompress.methods.low_rank import low_rank
-from hfcompress.methods.low_rank.curvature import output_curvature, temperature_of
-from hfcompress.methods.low_rank.maths import energies, truncate
-from hfcompress.methods.low_rank.ranks import Curve, allocate, is_smaller, rank_for, size_of
-from hfcompress.methods.probing import Probe
-from hfcompress.methods.registry import Context
-from hfcompress.methods.statistics import input_statistics
+from hfcompress.errors import CheckpointError
+from hfcompress.methods.low_rank.maths import truncate
+from hfcompress.methods.low_rank.ranks import is_smaller, rank_for, size_of
 from hfcompress.modeling import surgery
 from hfcompress.modeling.anatomy import attention_blocks, base_model, feed_forward_blocks, modules_of
 from hfcompress.modeling.checkpoint import commit
@@ -191,167 +185,3 @@ def test_a_bias_takes_over_the_mean_error() -> None:
         means.append(torch.cat([out[b["attention_mask"].bool()] for out, b in zip(seen, data, strict=True)]).mean(0))
     torch.testing.assert_close(means[2], means[0], atol=1e-4, rtol=1e-4)
     assert (means[1] - means[0]).norm() > 100 * (means[2] - means[0]).norm()
-
-
-# What the predictions say
-
-
-def weighed_error(change: torch.Tensor, moment: torch.Tensor, curvature: torch.Tensor) -> float:
-    return torch.trace(curvature @ change @ moment @ change.T).item()
-
-
-def test_the_weighed_error_is_the_discarded_tail_and_nothing_beats_it() -> None:
-    weight, inputs, slopes = sample(0, 14, 10), sample(1, 50, 10), sample(2, 60, 14)
-    moment, curvature = inputs.T @ inputs / 50, slopes.T @ slopes / 60
-    curvature += 0.01 * curvature.diagonal().mean() * torch.eye(14)  # what truncate adds, seen as part of it
-    root = torch.linalg.cholesky(curvature + 0.01 * curvature.diagonal().mean() * torch.eye(14), upper=True)
-    regular = root.T @ root
-    up, down = truncate(weight, 4, moment, curvature)
-    error = weighed_error(weight - up.double() @ down.double(), moment, regular)
-    assert energies(weight, moment, curvature)[4:].sum().item() == pytest.approx(error, rel=1e-4)
-    for other in (truncate(weight, 4), truncate(weight, 4, moment), truncate(weight, 4, None, curvature)):
-        assert error < weighed_error(weight - other[0].double() @ other[1].double(), moment, regular)
-
-
-def test_a_curvature_of_zero_costs_nothing_and_breaks_nothing() -> None:
-    weight, nothing = sample(0, 6, 5), torch.zeros(6, 6)
-    assert not energies(weight, None, nothing).any()
-    plain, weighed = truncate(weight, 2), truncate(weight, 2, None, nothing)
-    torch.testing.assert_close(weighed[0] @ weighed[1], plain[0] @ plain[1])
-    with pytest.raises(CompressionError, match="the curvature holds values that are not finite"):
-        truncate(weight, 2, None, torch.full((6, 6), float("nan")))
-
-
-@pytest.mark.parametrize("family", ["llama", "bert"])
-def test_it_foretells_how_far_the_predictions_move(family: str) -> None:
-    """Within what the independence of inputs and gradients, which it takes for granted, allows."""
-    head = FAMILIES[family].heads[1]
-    model = make(family, head)
-    generator = torch.Generator().manual_seed(0)
-    data = []
-    for _ in range(8):
-        batch = inputs_for(family, head)
-        ids = torch.randint(5, model.config.vocab_size - 1, batch["input_ids"].shape, generator=generator)
-        data.append({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
-    with torch.no_grad():
-        if family == "bert":
-            model.classifier.weight.mul_(0.1)  # not so sure that it is asked at another temperature
-        else:
-            model.lm_head.weight.mul_(5)
-    path = modules_of(model, ("ffn_output",))[-1]
-    moment = input_statistics(model, [path], data)[path].second_moment.double()
-    curvature = output_curvature(model, [path], data * 4)[path].double()
-    layer: Any = base_model(model).get_submodule(path)
-    probe = Probe(model, data, "outputs")
-    told = found = 0.0
-    for seed in range(8):
-        change = 0.02 * layer.weight.std().item() * sample(seed, *layer.weight.shape)
-        with torch.no_grad():
-            layer.weight += change
-            found += probe.rise()
-            layer.weight -= change
-        told += weighed_error(change, moment, curvature) / 2
-    assert 0.5 < told / found < 2
-
-
-def test_a_sure_model_is_asked_at_the_temperature_at_which_it_is_less_so() -> None:
-    model, data = tiny_classifier(), batches(2)
-    with torch.no_grad():
-        model.classifier.weight.mul_(200)
-        model.classifier.bias.mul_(200)
-        logits_of_first = model(**data[0]).logits
-    heat = temperature_of(logits_of_first)
-    assert heat > 2
-    assert (logits_of_first / heat).softmax(-1).amax(-1).mean().item() == pytest.approx(0.6, abs=1e-3)
-    assert temperature_of(logits_of_first / heat) == 1.0
-    paths = modules_of(model, ("ffn_output",))
-    sure = output_curvature(model, paths, data)
-    with torch.no_grad():
-        model.classifier.weight.div_(heat)
-        model.classifier.bias.div_(heat)
-    for path, found in output_curvature(model, paths, data).items():
-        torch.testing.assert_close(sure[path], found, rtol=1e-3, atol=1e-8)
-
-
-@pytest.mark.parametrize(
-    ("family", "head"),
-    [
-        ("bert", "Model"),
-        ("bert", "QuestionAnswering"),
-        ("albert", "TokenClassification"),
-        ("vit", "ImageClassification"),
-    ],
-)
-def test_every_head_has_a_curvature(family: str, head: str) -> None:
-    model = make(family, head)
-    trained = {name for name, each in model.named_parameters() if each.requires_grad}
-    paths = modules_of(model, ("linear",))
-    found = output_curvature(model, paths, [inputs_for(family, head)])
-    assert set(found) == set(paths)
-    assert any(each.any() for each in found.values())
-    assert {name for name, each in model.named_parameters() if each.requires_grad} == trained
-    assert all(each.grad is None for each in model.parameters())
-
-
-def test_a_budget_by_curvature_is_kept_without_labels_and_goes_where_it_is_heard() -> None:
-    data, model = batches(4, labels=False), tiny_classifier()
-    model.bert.encoder.layer[1].output.dense.weight.data.mul_(1e-4)  # what the last block says is hardly heard
-    config = LowRankConfig(targets=("ffn",), budget=0.6, pivoted=True, multiple_of=4)
-    found = low_rank(model, config, Context(calibration=data))
-    ranks = found["ranks"] | dict.fromkeys(found["left_whole"], 64)
-    last, first = "encoder.layer.1.output.dense", "encoder.layer.0.output.dense"
-    assert ranks[last] < ranks[first]
-    kept = sum(size_of(64, 96, rank, pivoted=True) if rank < 64 else 64 * 96 for rank in ranks.values())
-    assert 0.55 < kept / (4 * 64 * 96) <= 0.6
-    rises = found["sensitivity"]
-    assert max(rises[last].values()) < min(rises[first].values())
-
-
-def test_curves_of_curvature_need_no_measurement() -> None:
-    curve = Curve(8, 8, torch.tensor([4.0, 2.0, 1.0, 1.0, 0, 0, 0, 0], dtype=torch.float64), pivoted=True)
-    assert [curve.loss(rank) for rank in (1, 2, 3, 4)] == pytest.approx([2.0, 1.0, 0.5, 0.0])
-    assert curve.options(1)[-1] == (64, 0.0, None)
-    assert allocate({"a": curve}, 0.8, 1) == {"a": 4}
-
-
-@pytest.mark.parametrize(
-    ("values", "said"),
-    [
-        ({"method": "svd", "weigh_outputs": True}, "weigh_outputs goes with the method whitened, not svd"),
-        (
-            {"budget": 0.5, "sensitivity": "curvature", "weigh_outputs": False},
-            "sensitivity curvature needs the method whitened",
-        ),
-        ({"keep": 0.5, "budget_of": "flops"}, "budget_of flops needs a budget"),
-    ],
-)
-def test_what_does_not_go_together_is_refused(values: dict[str, Any], said: str) -> None:
-    with pytest.raises(ConfigError, match=said):
-        LowRankConfig(**values)
-
-
-def test_sequential_weighed_and_pivoted_beats_what_it_is_made_of() -> None:
-    data, errors = batches(4), []
-    whole = tiny_classifier()
-    with torch.no_grad():
-        for module in whole.modules():
-            if isinstance(module, nn.Linear):
-                module.weight *= 3 * torch.logspace(0.5, -1, module.in_features)
-    state = whole.state_dict()
-    for form in ({"weigh_outputs": False}, {}, {"pivoted": True}):
-        model = tiny_classifier()
-        model.load_state_dict(state)
-        compress(model, [LowRankConfig(keep=0.6, sequential=True, **form)], calibration=data)
-        errors.append(sum((logits(model, batch) - logits(whole, batch)).square().sum().item() for batch in data))
-    assert errors[2] < errors[1] < errors[0]
-
-
-def test_long_batches_are_cut_and_say_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a number the gradient is noise times what the model does, drawn row by row in the same order."""
-    model, data = tiny_classifier(id2label={0: "score"}, label2id={"score": 0}), batches(1, labels=False)
-    paths = modules_of(model, ("ffn",))
-    whole = output_curvature(model, paths, data)
-    monkeypatch.setattr("hfcompress.methods.low_rank.curvature._TOKENS", data[0]["input_ids"].shape[1])
-    cut = output_curvature(model, paths, data)
-    for path in paths:
-        torch.testing.assert_close(cut[path], whole[path], atol=1e-6, rtol=1e-3)

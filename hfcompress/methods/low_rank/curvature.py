@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -12,8 +13,9 @@ from transformers import PreTrainedModel
 
 from hfcompress.errors import CompressionError
 from hfcompress.methods.calibration import evaluating
+from hfcompress.methods.low_rank.maths import Pulled
 from hfcompress.methods.registry import Batch
-from hfcompress.methods.statistics import each_batch
+from hfcompress.methods.statistics import LayerReader, each_batch
 from hfcompress.modeling.anatomy import base_model
 
 _SEED = 0
@@ -24,7 +26,14 @@ _TOKENS = 4096
 _SURE = 0.6
 
 
-def output_curvature(model: PreTrainedModel, paths: Sequence[str], batches: Sequence[Batch]) -> dict[str, torch.Tensor]:
+def output_curvature(
+    model: PreTrainedModel,
+    paths: Sequence[str],
+    batches: Sequence[Batch],
+    *,
+    pulled: Collection[str] = (),
+    reader: LayerReader | None = None,
+) -> dict[str, torch.Tensor | Pulled]:
     """Sums, per prediction, the second moments of the gradients that reach a layer's outputs.
 
     The gradients are those of the loss on answers drawn from the model's own predictions, so that with the second
@@ -38,34 +47,18 @@ def output_curvature(model: PreTrainedModel, paths: Sequence[str], batches: Sequ
         model: The model.
         paths: Linear layers, relative to the base model.
         batches: Model inputs.
+        pulled: Those of them of which it is enough to know what the curvature is to the inputs: of a layer with more
+            outputs than inputs that is sooner made, and sooner used.
+        reader: Reads off the same passes; entered by the caller.
 
     Returns:
-        For each path float32 `(out, out)`.
+        For each path float32 `(out, out)`, or what that is to its inputs.
 
     Raises:
         CompressionError: No batches, a layer that is never run, or gradients that are not finite (it is named).
     """
     base = base_model(model)
-    sums: dict[str, torch.Tensor] = {}
-    widths: dict[str, int] = {}
-
-    def gather(path: str) -> Callable[[torch.Tensor], None]:
-        def add(gradient: torch.Tensor) -> None:
-            rows = gradient.detach().flatten(0, -2).float()
-            found = rows.T @ rows
-            sums[path] = sums[path] + found if path in sums else found
-
-        return add
-
-    def watch(path: str) -> Callable[..., torch.Tensor]:
-        def hook(module: nn.Module, arguments: Any, output: torch.Tensor) -> torch.Tensor:
-            output = output if output.requires_grad else output.detach().requires_grad_()
-            output.register_hook(gather(path))
-            widths[path] = output.shape[-1]
-            return output
-
-        return hook
-
+    sums = {path: _Gradients() for path in paths}
     total, temperatures = 0, []
     generator = torch.Generator().manual_seed(_SEED)
     wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -74,20 +67,73 @@ def output_curvature(model: PreTrainedModel, paths: Sequence[str], batches: Sequ
             parameter.requires_grad_(False)
             stack.callback(parameter.requires_grad_, True)
         for path in paths:
-            stack.callback(base.get_submodule(path).register_forward_hook(watch(path)).remove)
+            module = base.get_submodule(path)
+            stack.callback(module.register_forward_hook(sums[path].watch_outputs(moments=path not in pulled)).remove)
+            if path in pulled:
+                stack.callback(module.register_forward_pre_hook(sums[path].watch_inputs).remove)
         for batch in each_batch(model, batches, "curvature"):
             for part in _parts(batch):
+                if reader is not None:
+                    reader.batch = part
                 loss, count = _drawn_loss(model, part, generator, temperatures)
                 if loss.requires_grad:
                     loss.backward()
                 total += count
-    for path in paths:
-        if path not in widths:
+    return {path: found.curvature(path, total, path in pulled, model.device) for path, found in sums.items()}
+
+
+class _Gradients:
+    """Sums of the gradients that pass one layer."""
+
+    def __init__(self) -> None:
+        self._width = 0
+        self._moment: torch.Tensor | None = None
+        self._squares: torch.Tensor | float = 0.0
+
+    def watch_outputs(self, moments: bool) -> Callable[..., torch.Tensor]:
+        """Makes a forward hook, for the gradients' second moments or for their squares alone."""
+
+        def hook(module: nn.Module, arguments: Any, output: torch.Tensor) -> torch.Tensor:
+            output = _followed(output)
+            if moments:
+                self._width = output.shape[-1]
+            output.register_hook(self._add if moments else self._add_squares)
+            return output
+
+        return hook
+
+    def watch_inputs(self, module: nn.Module, arguments: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        """Is a forward pre-hook: other layers read the same tensor, and what comes back from them is not wanted."""
+        own = _followed(arguments[0].view_as(arguments[0]))
+        self._width = own.shape[-1]
+        own.register_hook(self._add)
+        return own, *arguments[1:]
+
+    def curvature(self, path: str, count: int, pulled: bool, device: torch.device) -> torch.Tensor | Pulled:
+        """Returns what has been found, per prediction.
+
+        Raises:
+            CompressionError: The layer was never run, or the gradients are not finite.
+        """
+        if not self._width:
             raise CompressionError(f"{path} was never run on the calibration batches")
-        sums.setdefault(path, torch.zeros(widths[path], widths[path], device=model.device))
-        if not torch.isfinite(sums[path]).all():
+        moment = torch.zeros(self._width, self._width, device=device) if self._moment is None else self._moment
+        if not (torch.isfinite(moment).all() and math.isfinite(self._squares)):
             raise CompressionError(f"{path}: the gradients on the calibration batches are not finite")
-    return {path: sums[path] / total for path in paths}
+        return Pulled(moment / count, float(self._squares) / count) if pulled else moment / count
+
+    def _add(self, gradient: torch.Tensor) -> None:
+        rows = gradient.detach().flatten(0, -2).float()
+        rows = rows[rows.any(1)]  # no loss comes back to padding, nor to what a classifier's last layer says of words
+        found = rows.T @ rows
+        self._moment = found if self._moment is None else self._moment.add_(found)
+
+    def _add_squares(self, gradient: torch.Tensor) -> None:
+        self._squares += gradient.detach().float().square().sum()
+
+
+def _followed(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor if tensor.requires_grad else tensor.detach().requires_grad_()
 
 
 def _parts(batch: Batch) -> Iterator[Batch]:

@@ -64,14 +64,15 @@ class Knowledge:
         outputs: Second moments of what a layer gives without its bias, `(out, out)`: they say enough of layers with
             fewer outputs than inputs, and are sooner made.
         fisher: Fisher information by layer and input.
-        curvature: That of the loss by layer's outputs, `(out, out)`, where their errors are weighed.
+        curvature: That of the loss by layer's outputs, `(out, out)` or what it is to the inputs, where their errors
+            are weighed.
     """
 
     method: Method
     inputs: Mapping[str, InputStatistics] = field(default_factory=dict)
     outputs: Mapping[str, torch.Tensor] = field(default_factory=dict)
     fisher: Mapping[str, torch.Tensor] = field(default_factory=dict)
-    curvature: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    curvature: Mapping[str, torch.Tensor | maths.Pulled] = field(default_factory=dict)
 
     def weighting(self, group: Group) -> torch.Tensor | None:
         """Returns the matrix by which the method weighs the error of a group; None for the identity."""
@@ -86,9 +87,22 @@ class Knowledge:
         """Returns the second moments of a group's outputs, where they stand for those of the inputs."""
         return None if group.name in self.inputs else self.outputs.get(group.name)
 
-    def curvature_of(self, group: Group) -> list[torch.Tensor] | None:
-        """Returns the curvature by the outputs of each layer of a group, where their errors are weighed."""
-        return [self.curvature[path] for path in group.paths] if self.curvature else None
+    def curvature_of(self, group: Group, model: PreTrainedModel) -> maths.Curvature | None:
+        """Returns the curvature by the outputs of each layer of a group, where their errors are weighed.
+
+        Where of one of them only that is known which it is to the inputs, it is given of all together.
+        """
+        if not self.curvature:
+            return None
+        known = {path: self.curvature[path] for path in group.paths}
+        whole = [each for each in known.values() if isinstance(each, torch.Tensor)]
+        if len(whole) == len(known):
+            return whole
+        pulled = [
+            each if isinstance(each, maths.Pulled) else maths.pull(matrix_of(model, path), each)
+            for path, each in known.items()
+        ]
+        return maths.Pulled(torch.stack([each.moment for each in pulled]).sum(0), sum(each.trace for each in pulled))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,7 +137,8 @@ def fit(
         rank: At least 1.
         method: `nmf`, or any other for singular values.
         weighting: `(in, in)`, by which the error is weighed; None for the identity.
-        curvature: `(out, out)` or its blocks, by which the error of the outputs is weighed; None for the identity.
+        curvature: `(out, out)`, or its blocks, or what it is to the inputs, by which the error of the outputs is
+            weighed; None for the identity.
         gram: `(out, out)`, second moments of the outputs, in the place of `weighting` and `inputs`.
         inputs: Statistics of what enters the layer.
         refit: Fit `up` again to the outputs.
@@ -131,7 +146,10 @@ def fit(
 
     Raises:
         CompressionError: Weight or statistics are not finite.
+        ValueError: A curvature is known by the inputs alone, and they are not what they were.
     """
+    if isinstance(curvature, maths.Pulled) and inputs is not None and inputs.cross_moment is not None:
+        raise ValueError("other inputs need another matrix, and of its outputs the curvature is not known")
     known = inputs.centred() if inputs is not None and shift else inputs
     aim = weight
     if method == "whitened" and known is not None:
@@ -166,7 +184,7 @@ def fit_group(model: PreTrainedModel, group: Group, rank: int, config: LowRankCo
             rank,
             knowledge.method,
             weighting=knowledge.weighting(group),
-            curvature=knowledge.curvature_of(group),
+            curvature=knowledge.curvature_of(group, model),
             gram=knowledge.gram_of(group),
             inputs=knowledge.inputs.get(group.name),
             refit=config.refit,

@@ -4,14 +4,30 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
 from hfcompress.errors import CompressionError
 
 Factors = tuple[torch.Tensor, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Pulled:
+    """What a curvature by outputs is to the inputs: all of it that truncating a weight W by it takes.
+
+    Attributes:
+        moment: `Wᵀ C W`, `(in, in)`: the second moments of the gradients that reach the inputs by way of W.
+        trace: That of C.
+    """
+
+    moment: torch.Tensor
+    trace: float
+
+
 # Of layers whose matrices stand one below the other: one for each, for what they give is weighed apart.
-Curvature = torch.Tensor | Sequence[torch.Tensor]
+Curvature = torch.Tensor | Sequence[torch.Tensor] | Pulled
 
 # How far `retarget` trusts the calibration inputs: the part of their mean energy that is added to every direction.
 _RETARGET_RIDGE = 0.01
@@ -42,7 +58,8 @@ def truncate(
         weight: `(out, in)`, finite.
         rank: At least 1; clipped to `min(out, in)`.
         second_moment: S, `(in, in)`, symmetric positive semi-definite; None for the identity.
-        curvature: C, `(out, out)`, symmetric positive semi-definite, or its blocks; None for the identity.
+        curvature: C, `(out, out)`, symmetric positive semi-definite, or its blocks, or what it is to the inputs; None
+            for the identity.
         gram: `W S Wᵀ`, `(out, out)`, where that is known and S is not: the second moments of the outputs.
 
     Returns:
@@ -53,6 +70,8 @@ def truncate(
         CompressionError: The weight or the moments are not finite.
     """
     require_finite(weight, second_moment if gram is None else gram, curvature)
+    if isinstance(curvature, Pulled):
+        return balance(*_from_the_right(weight, min(rank, *weight.shape), second_moment, _ridged(weight, curvature)))
     # W R = U s Vᵀ for any R with R Rᵀ = S, so the best product is U_r U_rᵀ W: no inverse is ever needed.
     roots = [] if curvature is None else _left_roots(curvature)
     seen = _weighed(weight, roots)
@@ -84,6 +103,9 @@ def energies(
     require_finite(weight, second_moment if gram is None else gram, curvature)
     if curvature is not None and not any(block.any() for block in _blocks(curvature)):
         return torch.zeros(min(weight.shape), dtype=torch.float64, device=weight.device)
+    if isinstance(curvature, Pulled):
+        found = torch.linalg.eigvalsh(_both_sides(_ridged(weight, curvature), _root_of(weight, second_moment)))
+        return found.flip(0)[: min(weight.shape)].clamp_min(0)
     roots = [] if curvature is None else _left_roots(curvature)
     if gram is not None:
         return torch.linalg.eigvalsh(_weighed_gram(gram, roots)).flip(0).clamp_min(0)
@@ -107,11 +129,60 @@ def _left_vectors(weight: torch.Tensor, second_moment: torch.Tensor | None, rank
     matrix = None if wide else _whitened(weight, second_moment)
     squares, vectors = torch.linalg.eigh(_wide_gram(weight, second_moment) if matrix is None else matrix.T @ matrix)
     squares, vectors = squares.flip(0), vectors.flip(1)[:, :rank]
-    tail = squares[rank:].clamp_min(0).sum()
-    if tail <= _GRAM_DIGITS * squares[0] or squares[:rank][-1] <= _GRAM_DIGITS * squares[0] / len(squares):
+    if _is_rounding(squares, rank):
         whitened = _whitened(weight, second_moment) if matrix is None else matrix
         return torch.linalg.svd(whitened, full_matrices=False).U[:, :rank]
     return vectors if matrix is None else matrix @ (vectors / squares[:rank].sqrt())
+
+
+def pull(weight: torch.Tensor, curvature: torch.Tensor) -> Pulled:
+    """Returns what a curvature `(out, out)` by a weight's outputs is to its inputs."""
+    weight, curvature = weight.double(), curvature.double()
+    return Pulled((weight.T @ curvature @ weight).float(), curvature.trace().item())
+
+
+def _ridged(weight: torch.Tensor, curvature: Pulled) -> torch.Tensor:
+    """Returns `Wᵀ (C + λ) W` in float64, λ being that of `_left_roots`; `Wᵀ W` where C is zero."""
+    level = _CURVATURE_RIDGE * curvature.trace / len(weight)
+    square = weight.double().T @ weight.double()
+    return square if level <= torch.finfo(torch.float64).tiny else curvature.moment.double() + level * square
+
+
+def _root_of(weight: torch.Tensor, second_moment: torch.Tensor | None) -> torch.Tensor:
+    """Returns the root of the second moments of what a matrix reads, or the identity."""
+    size = weight.shape[1]
+    identity = torch.eye(size, dtype=torch.float64, device=weight.device)
+    return identity if second_moment is None else _root(second_moment.double())
+
+
+def _both_sides(square: torch.Tensor, root: torch.Tensor) -> torch.Tensor:
+    return root.T @ square @ root
+
+
+def _from_the_right(
+    weight: torch.Tensor, rank: int, second_moment: torch.Tensor | None, square: torch.Tensor
+) -> Factors:
+    """Truncates `L W R = U s Vᵀ` by its right singular vectors, with `Lᵀ L` known as `Wᵀ Lᵀ L W` alone.
+
+    `L⁻¹ U_r = W R V_r / s` and `U_rᵀ L W = Vᵀ_r Rᵀ Wᵀ Lᵀ L W / s`, so that L is not needed either.
+    """
+    root = _root_of(weight, second_moment)
+    squares, vectors = torch.linalg.eigh(_both_sides(square, root))
+    squares, vectors = squares.flip(0).clamp_min(0), vectors.flip(1)[:, :rank]
+    sizes = squares.sqrt()
+    if _is_rounding(squares, rank):  # as in `_left_vectors`
+        _, sizes, transposed = torch.linalg.svd(_root(square).T @ root)
+        vectors = transposed[:rank].T
+    kept = sizes[:rank]
+    scales = torch.where(kept > kept[:1] * torch.finfo(kept.dtype).eps * len(root), 1 / kept, 0)
+    ahead = root @ vectors * scales
+    return weight.double() @ ahead, ahead.T @ square
+
+
+def _is_rounding(squares: torch.Tensor, rank: int) -> bool:
+    """Tells whether, of squared singular values off a Gram matrix, what is cut off or kept may be no more than that."""
+    tail = squares[rank:].clamp_min(0).sum()
+    return bool(tail <= _GRAM_DIGITS * squares[0] or squares[:rank][-1] <= _GRAM_DIGITS * squares[0] / len(squares))
 
 
 def _wide_gram(weight: torch.Tensor, second_moment: torch.Tensor | None) -> torch.Tensor:
@@ -133,10 +204,12 @@ def _root(moment: torch.Tensor) -> torch.Tensor:
 
 
 def _blocks(curvature: Curvature) -> Sequence[torch.Tensor]:
+    if isinstance(curvature, Pulled):
+        return [curvature.moment]
     return [curvature] if isinstance(curvature, torch.Tensor) else curvature
 
 
-def _left_roots(curvature: Curvature) -> list[torch.Tensor]:
+def _left_roots(curvature: torch.Tensor | Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """Returns, block by block, an invertible upper triangular L: `Lᵀ L` is the block and a part of the mean of all."""
     blocks = [block.double() for block in _blocks(curvature)]
     level = _CURVATURE_RIDGE * torch.cat([block.diagonal() for block in blocks]).mean()

@@ -21,7 +21,8 @@ from hfcompress.methods.low_rank.fitting import Fitted, Group, Knowledge, fit, f
 from hfcompress.methods.low_rank.ranks import Curve, allocate, is_smaller, rank_for, rank_of_energy
 from hfcompress.methods.low_rank.sensitivity import Probe, measure
 from hfcompress.methods.registry import Batch, Context
-from hfcompress.methods.statistics import Replay, input_fisher, layer_statistics, paired_statistics, shared_inputs
+from hfcompress.methods.replay import Replay, paired_statistics
+from hfcompress.methods.statistics import LayerReader, input_fisher, layer_statistics, shared_inputs
 from hfcompress.modeling import surgery
 from hfcompress.modeling.anatomy import base_model, input_width, modules_of, output_width
 from hfcompress.modeling.checkpoint import commit
@@ -126,17 +127,42 @@ def learn(
     # A sequential update learns layer by layer, and needs this only to share out ranks.
     at_once = not config.sequential or config.energy is not None or config.budget is not None
     reads_inputs = at_once and (method == "whitened" or config.refit or config.correct_bias)
-    inputs, outputs = {}, {}
+    weighs = config.weighs_outputs_with(method) and bool(paths)
+    inputs, outputs, curvature = {}, {}, {}
     if reads_inputs and paths:
         narrow = () if config.refit or config.correct_bias else [path for path in paths if _is_narrow(model, path)]
-        inputs, outputs = layer_statistics(model, paths, batches, by_outputs=narrow)
+        if weighs:
+            with LayerReader(model, paths, batches, by_outputs=narrow) as reader:
+                curvature = _curvature(model, paths, config, batches, reader)
+            inputs, outputs = reader.statistics()
+        else:
+            inputs, outputs = layer_statistics(model, paths, batches, by_outputs=narrow)
+    elif weighs:
+        curvature = _curvature(model, paths, config, batches)
     return Knowledge(
         method=method,
         inputs=inputs,
         outputs=outputs,
         fisher=input_fisher(model, paths, batches) if method == "fisher" and paths else {},
-        curvature=output_curvature(model, paths, batches) if config.weighs_outputs_with(method) and paths else {},
+        curvature=curvature,
     )
+
+
+def _curvature(
+    model: PreTrainedModel,
+    paths: Sequence[str],
+    config: LowRankConfig,
+    batches: Sequence[Batch],
+    reader: LayerReader | None = None,
+) -> dict[str, torch.Tensor | maths.Pulled]:
+    # A sequential update makes factors of another matrix than the layer's.
+    pulled = () if config.sequential else [path for path in paths if _is_tall(model, path)]
+    return output_curvature(model, paths, batches, pulled=pulled, reader=reader)
+
+
+def _is_tall(model: PreTrainedModel, path: str) -> bool:
+    outputs, inputs = matrix_of(model, path).shape
+    return outputs > inputs
 
 
 def _is_narrow(model: PreTrainedModel, path: str) -> bool:
@@ -176,7 +202,7 @@ def fixed_rank(outputs: int, inputs: int, config: LowRankConfig) -> int:
 
 
 def _energies(model: PreTrainedModel, group: Group, knowledge: Knowledge) -> torch.Tensor:
-    known = knowledge.weighting(group), knowledge.curvature_of(group), knowledge.gram_of(group)
+    known = knowledge.weighting(group), knowledge.curvature_of(group, model), knowledge.gram_of(group)
     return maths.energies(group.matrix(model), *known)
 
 

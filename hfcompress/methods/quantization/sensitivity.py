@@ -22,7 +22,7 @@ from hfcompress.methods.probing import Probe
 from hfcompress.methods.quantization.choosing import Cost
 from hfcompress.methods.quantization.kinds import LinearKind, quantize_layer
 from hfcompress.methods.registry import Batch
-from hfcompress.methods.statistics import Replay
+from hfcompress.methods.replay import Replay
 from hfcompress.modeling.anatomy import attention_blocks, base_model, feed_forward_blocks, modules_by_role
 from hfcompress.modeling.architectures import architectures
 from hfcompress.modeling.layers.bitsandbytes import Numerics
