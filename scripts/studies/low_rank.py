@@ -91,6 +91,7 @@ class Statistics:
     def __init__(self, load: Callable[[], Any], batches: list[dict[str, torch.Tensor]]) -> None:
         self.load, self.batches = load, batches
         self._known: dict[str, Knowledge] = {}
+        self._measured: dict[str, dict[str, dict[int, float]]] = {}
 
     def of(self, config: LowRankConfig) -> Knowledge:
         """Returns what an arm is fitted to."""
@@ -101,8 +102,14 @@ class Statistics:
         )
         inputs = asked.model_copy(update={"weigh_outputs": False, "sequential": False})
         found = self._learned(asked, method)
-        # A sequential update needs inputs as well, to share out ranks.
-        return replace(found, inputs=self._learned(inputs, method).inputs) if asked.sequential else found
+        if asked.sequential:  # it needs inputs as well, to share out ranks
+            found = replace(found, inputs=self._learned(inputs, method).inputs)
+        return replace(found, measured=self._measured.get(_but_budget(config), {}))
+
+    def measured(self, config: LowRankConfig, findings: dict[str, Any]) -> None:
+        """Keeps what a budget went by for another one."""
+        if config.budget is not None and config.sensitivity_with(config.method_with(data=True)) != "curvature":
+            self._measured[_but_budget(config)] = findings["sensitivity"]
 
     def _learned(self, config: LowRankConfig, method: Method) -> Knowledge:
         name = config.model_dump_json()
@@ -112,10 +119,15 @@ class Statistics:
         return self._known[name]
 
 
+def _but_budget(config: LowRankConfig) -> str:
+    return config.model_dump_json(exclude={"budget"})
+
+
 def factorized(material: Material, config: LowRankConfig, statistics: Statistics) -> Any:
     """Returns the model with factors."""
     model = material.load()
-    low_rank(model, config, Context(calibration=statistics.batches), knowledge=statistics.of(config))
+    found = low_rank(model, config, Context(calibration=statistics.batches), knowledge=statistics.of(config))
+    statistics.measured(config, found)
     return model
 
 

@@ -367,6 +367,17 @@ def test_what_is_known_of_a_model_serves_several_made_of_it() -> None:
         low_rank(tiny_classifier(0), plain, Context(calibration=data), knowledge=known)
 
 
+def test_what_one_budget_has_measured_serves_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    data, config = batches(2), LowRankConfig(targets=FFN, budget=0.5, weigh_outputs=False, multiple_of=4)
+    knowledge = learn(model := tiny_classifier(), modules_of(model, FFN), config, "whitened", data)
+    first = low_rank(model, config, Context(calibration=data), knowledge=knowledge)["sensitivity"]
+    wider = config.model_copy(update={"budget": 0.6})
+    measured = low_rank(tiny_classifier(), wider, Context(calibration=data))
+    monkeypatch.setattr("hfcompress.methods.low_rank.method.measure", None)
+    known = low_rank(tiny_classifier(), wider, Context(calibration=data), knowledge=replace(knowledge, measured=first))
+    assert known == measured
+
+
 @pytest.mark.parametrize(
     ("values", "data", "expected"),
     [

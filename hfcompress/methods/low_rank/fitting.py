@@ -66,6 +66,8 @@ class Knowledge:
         fisher: Fisher information by layer and input.
         curvature: That of the loss by layer's outputs, `(out, out)` or what it is to the inputs, where their errors
             are weighed.
+        measured: By layer and rank how much worse the model is with that layer alone factorised, where a budget of the
+            same config has measured it before.
     """
 
     method: Method
@@ -73,6 +75,7 @@ class Knowledge:
     outputs: Mapping[str, torch.Tensor] = field(default_factory=dict)
     fisher: Mapping[str, torch.Tensor] = field(default_factory=dict)
     curvature: Mapping[str, torch.Tensor | maths.Pulled] = field(default_factory=dict)
+    measured: Mapping[str, Mapping[int, float]] = field(default_factory=dict)
 
     def weighting(self, group: Group) -> torch.Tensor | None:
         """Returns the matrix by which the method weighs the error of a group; None for the identity."""

@@ -45,7 +45,8 @@ def low_rank(
         model: A float model of a supported family.
         config: What to factorise, and how far.
         context: Calibration data for all but plain `svd` and `nmf`.
-        knowledge: What `learn` read off this model for the same method, where several models are made from it.
+        knowledge: What `learn` read off this model for the same method, where several models are made from it. What a
+            first budget measured, which is returned as `sensitivity`, serves as its `measured` for another.
 
     Returns:
         The method used, the ranks by layer, the layers left whole, and with a budget the rise of the loss by layer
@@ -177,7 +178,7 @@ def choose_ranks(
     config: LowRankConfig,
     knowledge: Knowledge,
     batches: Sequence[Batch],
-) -> tuple[dict[str, int | None], dict[str, dict[int, float]]]:
+) -> tuple[dict[str, int | None], Mapping[str, Mapping[int, float]]]:
     """Returns, by its first layer, each group's rank, None where it stays whole, and what a budget goes by."""
     if config.budget is not None:
         return _budgeted(model, groups, config, knowledge, batches)
@@ -212,7 +213,7 @@ def _budgeted(
     config: LowRankConfig,
     knowledge: Knowledge,
     batches: Sequence[Batch],
-) -> tuple[dict[str, int | None], dict[str, dict[int, float]]]:
+) -> tuple[dict[str, int | None], Mapping[str, Mapping[int, float]]]:
     assert config.budget is not None
     if not batches:
         raise CompressionError(
@@ -222,7 +223,9 @@ def _budgeted(
     by = config.sensitivity_with(knowledge.method)
     if by == "loss" and "labels" not in batches[0]:
         raise CompressionError("sensitivity 'loss' needs calibration batches with labels", hint="Choose 'outputs'.")
-    measured = {} if by == "curvature" else _measured(model, groups, config, knowledge, batches, by)
+    measured: Mapping[str, Mapping[int, float]] = {}
+    if by != "curvature":
+        measured = knowledge.measured or _measured(model, groups, config, knowledge, batches, by)
     curves = {
         group.name: Curve(
             *group.shape, _energies(model, group, knowledge), measured.get(group.name, {}), config.pivoted
