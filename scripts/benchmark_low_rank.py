@@ -46,6 +46,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "two factors": {},
     "shared": {"share": True},
     "pivoted": {"pivoted": True},
+    "per head": {"per_head": True},
 }
 
 
@@ -195,6 +196,7 @@ def configs(asked: argparse.Namespace) -> dict[str, LowRankConfig]:
         "whitened, bias": LowRankConfig(correct_bias=True, **inputs, **keep),
         "whitened, sequential, bias": LowRankConfig(sequential=True, correct_bias=True, **inputs, **keep),
         "curvature": LowRankConfig(**keep),
+        "curvature, per head": LowRankConfig(per_head=True, **keep),
         "curvature, pivoted": LowRankConfig(pivoted=True, **keep),
         "curvature, budget": LowRankConfig(budget=asked.keep),
         "curvature, budget, shared": LowRankConfig(budget=asked.keep, share=True),

@@ -190,6 +190,18 @@ class FeedForwardBlock(_Block):
         return int(config.hidden_size * self.spec.widths if said is None else said)
 
 
+def heads_by_projection(model: PreTrainedModel) -> dict[str, int]:
+    """Returns, by path, how many heads the outputs of each projection into an attention fall into."""
+    if model.config.model_type not in architectures():
+        return {}
+    return {
+        block.path(each.path): output_width(block.at(each.path)) // block.head_dim
+        for block in attention_blocks(model)
+        if not block.removed
+        for _, each in block.projections
+    }
+
+
 def layer_lists(model: PreTrainedModel, stack: Stack) -> list[str]:
     """Returns the paths of a stack's `ModuleList`s in this model: none where it is without that stack."""
     base = base_model(model)

@@ -52,6 +52,7 @@ from hfcompress.modeling.layers.bitsandbytes import (
     kind_of,
     numerics_of,
 )
+from hfcompress.modeling.layers.headwise import HeadwiseLinear
 from hfcompress.modeling.layers.low_rank import LowRankLinear, PivotedLinear
 from hfcompress.modeling.layers.packed_linear import PACKED_KINDS, PackedLinear
 from hfcompress.modeling.layers.quantized_embedding import QuantizedEmbedding
@@ -140,6 +141,9 @@ def describe(model: PreTrainedModel) -> Structure:
     for section, kind in (("low_rank", LowRankLinear), ("pivoted", PivotedLinear)):
         ranks = {name: each.rank for name, each in low_rank.items() if type(each) is kind}
         structure[section] = _compact(ranks, [*wholes, *low_rank])
+    by_head = {name: each for name, each in low_rank.items() if isinstance(each, HeadwiseLinear)}
+    headwise = {name: {"rank": each.rank, "heads": each.heads} for name, each in by_head.items()}
+    structure["headwise"] = _compact(headwise, [*wholes, *low_rank])
     structure["shared"] = _compact(leaders_of(model), [*wholes, *low_rank])
     structure["low_rank_embeddings"] = {
         name: module.rank for name, module in base.named_modules() if isinstance(module, LowRankEmbedding)
@@ -289,6 +293,21 @@ def _restore_pivoted(model: PreTrainedModel, entries: Mapping[str, Any]) -> None
         surgery.factorize(model, name, _bounded("pivoted", name, rank, most), pivoted=True)
 
 
+def _restore_headwise(model: PreTrainedModel, entries: Mapping[str, Any]) -> None:
+    linears = linear_layers(model)
+    for name, form in _unfold("headwise", entries, linears, _absent(model)).items():
+        inputs, outputs = input_width(linears[name]), output_width(linears[name])
+        if not isinstance(form, Mapping) or set(form) != {"rank", "heads"}:
+            raise CheckpointError(f"config.json: structure.headwise: '{name}' must hold rank and heads, not {form!r}")
+        heads = _bounded("headwise", f"{name}.heads", form["heads"], outputs)
+        if outputs % heads:
+            raise CheckpointError(
+                f"config.json: structure.headwise: the heads of '{name}' must divide {outputs}, not be {heads}"
+            )
+        rank = _bounded("headwise", f"{name}.rank", form["rank"], max(inputs, outputs // heads))
+        surgery.factorize(model, name, rank, heads=heads)
+
+
 def _restore_shared(model: PreTrainedModel, entries: Mapping[str, Any]) -> None:
     linears = linear_layers(model)
     for name, leader in _unfold("shared", entries, linears, _absent(model)).items():
@@ -385,6 +404,7 @@ _SECTIONS: dict[str, Callable[[PreTrainedModel, Mapping[str, Any]], None]] = {
     "neurons": _restore_neurons,
     "low_rank": _restore_low_rank,
     "pivoted": _restore_pivoted,
+    "headwise": _restore_headwise,
     "shared": _restore_shared,
     "low_rank_embeddings": _restore_low_rank_embeddings,
     "embeddings": _restore_embeddings,

@@ -25,6 +25,7 @@ from hfcompress.modeling.anatomy import (
     tied_to,
 )
 from hfcompress.modeling.architectures import Projection
+from hfcompress.modeling.layers.headwise import HeadwiseLinear
 from hfcompress.modeling.layers.kept_heads import keep_heads
 from hfcompress.modeling.layers.low_rank import LowRankLinear, PivotedLinear, balanced, part_from_others
 from hfcompress.modeling.layers.removed import Constant, Nothing, attend_to_nothing
@@ -54,6 +55,8 @@ def select_outputs(module: Any, index: torch.Tensor) -> None:
     """
     if isinstance(module, PivotedLinear):
         _select_pivoted_outputs(module, index)
+    elif isinstance(module, HeadwiseLinear):
+        _select_heads(module, index)
     elif isinstance(module, LowRankLinear):
         select_outputs(module.up, index)
     elif isinstance(module, Conv1D):
@@ -81,6 +84,19 @@ def _select_pivoted_outputs(module: PivotedLinear, index: torch.Tensor) -> None:
     rows, rest = module.down.weight.detach().double(), module.up.weight.detach().double()
     thin = torch.cat((torch.eye(module.rank).to(rest), rest))
     module.set_factors(thin.index_select(0, module.places[index.to(module.places.device)]), rows)
+
+
+def _select_heads(module: HeadwiseLinear, index: torch.Tensor) -> None:
+    """Keeps the components of heads whose outputs stay."""
+    width, rank = module.out_features // module.heads, module.rank
+    heads = index[::width] // width
+    if not torch.equal(index, _rows(heads, width)):
+        raise CompressionError(
+            "some outputs of a head would go, and its factors make them all", hint="Cut first, and factorize after it."
+        )
+    select_outputs(module.up, index)
+    select_outputs(module.down, _rows(heads, rank))
+    module.heads = len(heads)
 
 
 def select_inputs(module: Any, index: torch.Tensor) -> None:
@@ -233,6 +249,7 @@ def factorize(
     factors: tuple[torch.Tensor, torch.Tensor] | None = None,
     *,
     pivoted: bool = False,
+    heads: int | None = None,
 ) -> None:
     """Replaces a linear-like module by a low-rank one with the same bias.
 
@@ -240,8 +257,10 @@ def factorize(
         model: The model.
         path: The module, relative to the base model.
         rank: Width between the factors.
-        factors: `up` of shape `(out, rank)` and `down` of shape `(rank, in)`; left uninitialised when None.
+        factors: `up` of shape `(out, rank)` and `down` of shape `(rank, in)`, or `(heads * rank, in)` where there are
+            heads; left uninitialised when None.
         pivoted: Whether the rank's worth of outputs is computed from the inputs and the others from those.
+        heads: How many the outputs fall into, where each has factors of its own; they are not pivoted.
 
     Raises:
         CompressionError: The module shares its weight with another one, is quantized, or is not linear.
@@ -258,16 +277,17 @@ def factorize(
             hint="Leave it out of the targets.",
         )
     weight = old.weight
-    kind = PivotedLinear if pivoted else LowRankLinear
-    new = kind(
-        input_width(old),
-        output_width(old),
-        rank,
-        bias=old.bias is not None,
-        transposed=isinstance(old, Conv1D),
-        device=weight.device,
-        dtype=weight.dtype,
-    )
+    form: dict[str, Any] = {
+        "bias": old.bias is not None,
+        "transposed": isinstance(old, Conv1D),
+        "device": weight.device,
+        "dtype": weight.dtype,
+    }
+    widths = input_width(old), output_width(old)
+    if heads is not None:
+        new = HeadwiseLinear(*widths, rank, heads, **form)
+    else:
+        new = (PivotedLinear if pivoted else LowRankLinear)(*widths, rank, **form)
     if old.bias is not None:
         new.set_bias(old.bias)
     if isinstance(new, PivotedLinear) and factors is not None:

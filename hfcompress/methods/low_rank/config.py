@@ -40,6 +40,10 @@ class LowRankConfig(Config):
         share: Layers that read one input (queries, keys and values; the inputs of gated neurons) share the factor that
             reads it, so that there is one product less for each but the first. They are factorised as one matrix: a
             rank, share or budget counts them as one layer.
+        per_head: Queries, keys and values are factorised head by head, each with components of its own: `rank` is that
+            of a head, shares and budgets count all. At the same size this is further from the layer than factors of
+            all heads together, which see what heads have in common; it keeps heads apart. Other targets are
+            factorised whole.
         sequential: Each layer is fitted to give the original's outputs from the inputs that the factorised layers
             before it produce. With `whitened` only; takes longer, and the memory of a second model.
         refit: The second factor is fitted again to the layer's outputs on the calibration data. The result of
@@ -69,6 +73,7 @@ class LowRankConfig(Config):
     weigh_outputs: bool | None = None
     pivoted: bool = False
     share: bool = False
+    per_head: bool = False
     sequential: bool = False
     refit: bool = False
     correct_bias: bool = False
@@ -111,6 +116,8 @@ class LowRankConfig(Config):
                 raise ValueError(f"{name} goes with the method whitened, not {self.method}")
         if self.share and self.pivoted:
             raise ValueError("share goes without pivoted: pivoted factors are each layer's own")
+        if self.per_head and (self.share or self.pivoted):
+            raise ValueError("per_head goes without share and pivoted: the factors of a head are its own")
         if self.budget_of != "parameters" and self.budget is None:
             raise ValueError(f"budget_of {self.budget_of} needs a budget")
         if self.sensitivity == "curvature" and (self.weigh_outputs is False or self.method not in ("auto", "whitened")):

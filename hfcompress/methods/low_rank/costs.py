@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from types import MappingProxyType
 from typing import Any, Literal
 
 import numpy as np
@@ -17,6 +18,7 @@ from hfcompress.methods.calibration import evaluating
 from hfcompress.methods.low_rank.ranks import LEAST, Cost, is_smaller, rank_for, size_of
 from hfcompress.methods.registry import Batch
 from hfcompress.modeling.anatomy import base_model
+from hfcompress.modeling.layers.headwise import HeadwiseLinear
 from hfcompress.modeling.layers.low_rank import LowRankLinear, PivotedLinear, SharedLinear
 
 Measure = Literal["parameters", "bytes", "flops", "latency"]
@@ -32,6 +34,7 @@ def costs_of(
     batch: Batch,
     *,
     pivoted: bool,
+    heads: Mapping[str, int] = MappingProxyType({}),
 ) -> dict[str, Cost]:
     """Returns what each layer costs at a rank, and whole where the rank is None.
 
@@ -43,6 +46,7 @@ def costs_of(
             positions costs more. Time is measured layer by layer, each rank beside the whole layer.
         batch: Model inputs.
         pivoted: Whether the factors are pivoted.
+        heads: How many heads the outputs of a layer fall into, where each has factors of its own.
 
     Raises:
         CompressionError: A layer takes no part in a forward pass of the batch.
@@ -53,24 +57,30 @@ def costs_of(
         places = torch.int64.itemsize if pivoted and measure == "bytes" else 0
         weights = {path: base_model(model).get_parameter(f"{path}.weight") for path in layers}
         units = {path: each.element_size() if measure == "bytes" else 1 for path, each in weights.items()}
-        return {path: _counted(shape, units[path], places * shape[0], pivoted) for path, shape in totals.items()}
+        return {
+            path: _counted(shape, units[path], places * shape[0], pivoted, heads.get(path, 1))
+            for path, shape in totals.items()
+        }
     positions = _positions(model, list(layers), batch)
     if measure == "flops":
-        return {path: _counted(shape, positions[path], 0, pivoted) for path, shape in totals.items()}
+        return {
+            path: _counted(shape, positions[path], 0, pivoted, heads.get(path, 1)) for path, shape in totals.items()
+        }
     timed: dict[Any, Cost] = {}
     costs: dict[str, Cost] = {}
     for path, shape in widths.items():
         module: Any = base_model(model).get_submodule(path)
-        kind = (*shape, positions[path], module.bias is not None, module.weight.dtype, module.weight.device)
+        form = (module.bias is not None, module.weight.dtype, module.weight.device)
+        kind = (*shape, positions[path], *form, heads.get(path, 1))
         if kind not in timed:
             timed[kind] = _timed(*kind, pivoted=pivoted)
         costs[path] = timed[kind]
     return costs
 
 
-def _counted(shape: tuple[int, int], unit: int, extra: int, pivoted: bool) -> Cost:
-    whole = unit * shape[0] * shape[1]
-    return lambda rank: whole if rank is None else unit * size_of(*shape, rank, pivoted) + extra
+def _counted(shape: tuple[int, int], unit: int, extra: int, pivoted: bool, heads: int) -> Cost:
+    whole, part = unit * shape[0] * shape[1], (shape[0] // heads, shape[1])
+    return lambda rank: whole if rank is None else unit * heads * size_of(*part, rank, pivoted) + extra
 
 
 def _positions(model: PreTrainedModel, paths: Sequence[str], batch: Batch) -> dict[str, int]:
@@ -100,17 +110,21 @@ def _timed(
     bias: bool,
     dtype: torch.dtype,
     device: torch.device,
+    heads: int,
     *,
     pivoted: bool,
 ) -> Cost:
     """Times a layer of this shape, or several of one input, whole and at a few ranks, by turns."""
-    total = sum(outputs)
-    lowest, highest = (rank_for(total, inputs, keep, 1, pivoted) for keep in (LEAST, 0.99))
+    part = sum(outputs) // heads
+    lowest, highest = (rank_for(part, inputs, keep, 1, pivoted) for keep in (LEAST, 0.99))
     ranks = sorted({round(rank) for rank in np.linspace(lowest, highest, _POINTS)})
-    ranks = [rank for rank in ranks if is_smaller(total, inputs, rank, pivoted)]
+    ranks = [rank for rank in ranks if is_smaller(part, inputs, rank, pivoted)]
     form: dict[str, Any] = {"bias": bias, "device": device, "dtype": dtype}
     choices: list[Sequence[nn.Module]] = [[nn.Linear(inputs, each, **form) for each in outputs]]
     for rank in ranks:
+        if heads > 1:
+            choices.append([HeadwiseLinear(inputs, outputs[0], rank, heads, **form)])
+            continue
         leader = (PivotedLinear if pivoted else LowRankLinear)(inputs, outputs[0], rank, **form)
         followers = [SharedLinear(leader, nn.Linear(rank, each, **form)) for each in outputs[1:]]
         choices.append([leader, *followers])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import PreTrainedModel
@@ -25,11 +25,13 @@ class Group:
         paths: The layers, relative to the base model.
         outputs: Their widths.
         inputs: The width of what they read.
+        heads: How many the outputs fall into, where each has factors of its own.
     """
 
     paths: tuple[str, ...]
     outputs: tuple[int, ...]
     inputs: int
+    heads: int = 1
 
     @property
     def name(self) -> str:
@@ -40,6 +42,11 @@ class Group:
     def shape(self) -> tuple[int, int]:
         """Outputs of all of them, and inputs."""
         return sum(self.outputs), self.inputs
+
+    @property
+    def head_shape(self) -> tuple[int, int]:
+        """Outputs of one head, which are all where heads are not told apart, and inputs."""
+        return sum(self.outputs) // self.heads, self.inputs
 
     def matrix(self, model: PreTrainedModel) -> torch.Tensor:
         """Returns the weights as `(outputs of all, inputs)`; those of a layer alone are no copy."""
@@ -108,12 +115,44 @@ class Knowledge:
         return maths.Pulled(torch.stack([each.moment for each in pulled]).sum(0), sum(each.trace for each in pulled))
 
 
+class Piece(NamedTuple):
+    """One matrix to factorise, and what its error is weighed by; as `fit` takes them."""
+
+    weight: torch.Tensor
+    weighting: torch.Tensor | None
+    curvature: maths.Curvature | None
+    gram: torch.Tensor | None
+
+
+def pieces_of(model: PreTrainedModel, group: Group, knowledge: Knowledge) -> list[Piece]:
+    """Returns a group's matrix, or that of each head where they have factors of their own.
+
+    Raises:
+        ValueError: Heads, where of the curvature only that is known which all outputs are to the inputs.
+    """
+    weight, weighting = group.matrix(model), knowledge.weighting(group)
+    curvature, gram = knowledge.curvature_of(group, model), knowledge.gram_of(group)
+    if group.heads == 1:
+        return [Piece(weight, weighting, curvature, gram)]
+    if isinstance(curvature, maths.Pulled):
+        raise ValueError(f"{group.name}: of the outputs of a head alone the curvature is not known")
+    whole = None if curvature is None else curvature[0]
+    return [
+        Piece(weight[rows], weighting, *(None if each is None else each[rows, rows] for each in (whole, gram)))
+        for rows in _equal_slices(len(weight), group.heads)
+    ]
+
+
+def _equal_slices(size: int, count: int) -> list[slice]:
+    return [slice(start, start + size // count) for start in range(0, size, size // count)]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Fitted:
     """The factors of a group of layers.
 
     Attributes:
-        factors: `up`, that of one layer below that of the other, and `down`.
+        factors: `up`, that of one layer below that of the other, and `down`; those of heads below each other too.
         shift: What their biases must rise by, `(out,)`, or None.
     """
 
@@ -181,18 +220,19 @@ def fit_group(model: PreTrainedModel, group: Group, rank: int, config: LowRankCo
     """
     base = base_model(model)
     have_bias = all(getattr(base.get_submodule(path), "bias", None) is not None for path in group.paths)
+    form: dict[str, Any] = {"refit": config.refit, "shift": config.correct_bias and have_bias}
     with named(group.name):
-        return fit(
-            group.matrix(model),
-            rank,
-            knowledge.method,
-            weighting=knowledge.weighting(group),
-            curvature=knowledge.curvature_of(group, model),
-            gram=knowledge.gram_of(group),
-            inputs=knowledge.inputs.get(group.name),
-            refit=config.refit,
-            shift=config.correct_bias and have_bias,
-        )
+        inputs = knowledge.inputs.get(group.name)
+        fitted = [
+            fit(piece.weight, rank, knowledge.method, **known, inputs=inputs, **form)
+            for piece in pieces_of(model, group, knowledge)
+            for known in [{"weighting": piece.weighting, "curvature": piece.curvature, "gram": piece.gram}]
+        ]
+    if len(fitted) == 1:
+        return fitted[0]
+    up, down = (torch.cat(each) for each in zip(*(one.factors for one in fitted), strict=True))
+    shifts = [one.shift for one in fitted if one.shift is not None]
+    return Fitted(factors=(up, down), shift=torch.cat(shifts) if shifts else None)
 
 
 class named:

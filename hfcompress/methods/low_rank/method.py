@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -17,16 +17,17 @@ from hfcompress.methods.low_rank.config import LowRankConfig, Method
 from hfcompress.methods.low_rank.costs import costs_of
 from hfcompress.methods.low_rank.curvature import output_curvature
 from hfcompress.methods.low_rank.embeddings import factorize_table, score_moment, token_table
-from hfcompress.methods.low_rank.fitting import Fitted, Group, Knowledge, fit, fit_group, matrix_of, named
+from hfcompress.methods.low_rank.fitting import Fitted, Group, Knowledge, fit, fit_group, matrix_of, named, pieces_of
 from hfcompress.methods.low_rank.ranks import Curve, allocate, is_smaller, rank_for, rank_of_energy
 from hfcompress.methods.low_rank.sensitivity import Probe, measure
 from hfcompress.methods.registry import Batch, Context
 from hfcompress.methods.replay import Replay, paired_statistics
 from hfcompress.methods.statistics import LayerReader, input_fisher, layer_statistics, shared_inputs
 from hfcompress.modeling import surgery
-from hfcompress.modeling.anatomy import base_model, input_width, modules_of, output_width
+from hfcompress.modeling.anatomy import base_model, heads_by_projection, input_width, modules_of, output_width
 from hfcompress.modeling.checkpoint import commit
 from hfcompress.modeling.layers.bitsandbytes import kind_of
+from hfcompress.modeling.layers.headwise import compose_heads
 from hfcompress.modeling.layers.low_rank import LowRankLinear
 from hfcompress.modeling.sharing import readers_of_one_input, share
 
@@ -105,7 +106,26 @@ def float_layers(model: PreTrainedModel, config: LowRankConfig) -> tuple[dict[st
 def groups_of(model: PreTrainedModel, layers: Mapping[str, tuple[int, int]], config: LowRankConfig) -> list[Group]:
     """Returns the layers that are factorised as one: those of one input where they share, else each alone."""
     together = readers_of_one_input(model, layers) if config.share else [(path,) for path in layers]
-    return [Group(paths, tuple(layers[path][0] for path in paths), layers[paths[0]][1]) for paths in together]
+    heads = heads_of(model, layers, config)
+    return [
+        Group(paths, tuple(layers[path][0] for path in paths), layers[paths[0]][1], heads.get(paths[0], 1))
+        for paths in together
+    ]
+
+
+def heads_of(model: PreTrainedModel, paths: Iterable[str], config: LowRankConfig) -> dict[str, int]:
+    """Returns how many heads there are of each layer that is factorised head by head.
+
+    Raises:
+        CompressionError: It is to be done, and none of the targets has heads.
+    """
+    heads = heads_by_projection(model) if config.per_head else {}
+    found = {path: heads[path] for path in paths if path in heads}
+    if config.per_head and not found:
+        raise CompressionError(
+            "per_head finds no heads among the targets", hint="Name query, key, value or attention among them."
+        )
+    return found
 
 
 def by_layer(plan: Mapping[Group, int]) -> dict[str, int]:
@@ -156,8 +176,9 @@ def _curvature(
     batches: Sequence[Batch],
     reader: LayerReader | None = None,
 ) -> dict[str, torch.Tensor | maths.Pulled]:
-    # A sequential update makes factors of another matrix than the layer's.
-    pulled = () if config.sequential else [path for path in paths if _is_tall(model, path)]
+    # A sequential update makes factors of another matrix than the layer's, and heads are weighed each by its outputs.
+    apart = heads_of(model, paths, config)
+    pulled = () if config.sequential else [path for path in paths if path not in apart and _is_tall(model, path)]
     return output_curvature(model, paths, batches, pulled=pulled, reader=reader)
 
 
@@ -189,8 +210,8 @@ def choose_ranks(
                 energies = _energies(model, group, knowledge)
             rank = rank_of_energy(energies, config.energy, config.multiple_of)
         else:
-            rank = fixed_rank(*group.shape, config)
-        ranks[group.name] = rank if is_smaller(*group.shape, rank, config.pivoted) else None
+            rank = fixed_rank(*group.head_shape, config)
+        ranks[group.name] = rank if is_smaller(*group.head_shape, rank, config.pivoted) else None
     return ranks, {}
 
 
@@ -203,8 +224,7 @@ def fixed_rank(outputs: int, inputs: int, config: LowRankConfig) -> int:
 
 
 def _energies(model: PreTrainedModel, group: Group, knowledge: Knowledge) -> torch.Tensor:
-    known = knowledge.weighting(group), knowledge.curvature_of(group, model), knowledge.gram_of(group)
-    return maths.energies(group.matrix(model), *known)
+    return torch.stack([maths.energies(*piece) for piece in pieces_of(model, group, knowledge)]).sum(0)
 
 
 def _budgeted(
@@ -228,14 +248,19 @@ def _budgeted(
         measured = knowledge.measured or _measured(model, groups, config, knowledge, batches, by)
     curves = {
         group.name: Curve(
-            *group.shape, _energies(model, group, knowledge), measured.get(group.name, {}), config.pivoted
+            *group.head_shape,
+            _energies(model, group, knowledge),
+            measured.get(group.name, {}),
+            config.pivoted,
+            group.heads,
         )
         for group in groups
     }
     costs = None
     if config.budget_of != "parameters":
         layers = {group.name: (group.outputs, group.inputs) for group in groups}
-        costs = costs_of(model, layers, config.budget_of, batches[0], pivoted=config.pivoted)
+        heads = {group.name: group.heads for group in groups}
+        costs = costs_of(model, layers, config.budget_of, batches[0], pivoted=config.pivoted, heads=heads)
     known = measured or {
         group.name: {rank: curves[group.name].loss(rank) for rank in _told_ranks(group, config)} for group in groups
     }
@@ -244,7 +269,7 @@ def _budgeted(
 
 def _told_ranks(group: Group, config: LowRankConfig) -> list[int]:
     """Returns the ranks at which it is said what a group's part in the loss is, the highest first."""
-    ranks = {rank_for(*group.shape, keep, config.multiple_of, config.pivoted) for keep in _TOLD_AT}
+    ranks = {rank_for(*group.head_shape, keep, config.multiple_of, config.pivoted) for keep in _TOLD_AT}
     return sorted(ranks, reverse=True)
 
 
@@ -268,7 +293,8 @@ def _measured(
                 if factors is None or config.refit or knowledge.method == "nmf":
                     factors = fit_group(model, group, rank, config, knowledge).factors
                 up, down = factors
-                made[rank] = up[:, :rank] @ down[:rank]
+                down = down.unflatten(0, (group.heads, -1))[:, :rank].flatten(0, 1)
+                made[rank] = compose_heads(up[:, :rank], down, group.heads)
             return made
 
         return make
@@ -290,7 +316,8 @@ def factorize_group(
     if len(group.paths) > 1:
         share(model, group.paths, rank, fitted.factors)
     else:
-        surgery.factorize(model, group.name, rank, fitted.factors, pivoted=config.pivoted)
+        heads = group.heads if group.heads > 1 else None
+        surgery.factorize(model, group.name, rank, fitted.factors, pivoted=config.pivoted, heads=heads)
     if fitted.shift is not None:
         for path, shift in zip(group.paths, fitted.shift.split(group.outputs), strict=True):
             made: Any = base_model(model).get_submodule(path)

@@ -61,6 +61,7 @@ class Curve:
         measured: Ranks and the rise of the model's loss with this layer alone factorised at each; where there are
             none the energies themselves are twice that rise.
         pivoted: Whether the factors are pivoted.
+        heads: How many such layers there are, whose energies are summed: the heads of a projection.
     """
 
     out_features: int
@@ -68,6 +69,7 @@ class Curve:
     energies: torch.Tensor
     measured: Mapping[int, float] = field(default_factory=dict)
     pivoted: bool = False
+    heads: int = 1
 
     def loss(self, rank: int) -> float:
         """Returns the rise of the loss at a rank: measured, or read between two measured ranks.
@@ -116,7 +118,7 @@ class Curve:
 
     def _parameters(self, rank: int | None) -> int:
         shape = self.out_features, self.in_features
-        return shape[0] * shape[1] if rank is None else size_of(*shape, rank, self.pivoted)
+        return self.heads * (shape[0] * shape[1] if rank is None else size_of(*shape, rank, self.pivoted))
 
 
 def allocate(

@@ -127,8 +127,9 @@ class Units:
         for path, rows in projections:
             module: Any = block.at(path)
             low = isinstance(module, LowRankLinear)
-            fixed += module.multiplications - module.rank * module.out_features if low else 0
-            unit += rows * (module.rank if low else input_width(module))
+            each = module.multiplications_per_output if low else input_width(module)
+            fixed += module.multiplications - each * module.out_features if low else 0
+            unit += rows * each
             unit += rows if parameters and module.bias is not None else 0
         output: Any = block.at(block.spec.output)
         low = isinstance(output, LowRankLinear)

@@ -90,6 +90,11 @@ class LowRankLinear(nn.Module):
         return self.rank * (self.in_features + self.up.out_features)
 
     @property
+    def multiplications_per_output(self) -> float:
+        """How many of them go when an output does."""
+        return self.rank
+
+    @property
     def bias(self) -> torch.Tensor | None:
         """The bias of `up`: some families initialise a layer's bias by this name."""
         return self.up.bias
