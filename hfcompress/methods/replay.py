@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from hfcompress.methods.calibration import evaluating
 from hfcompress.methods.registry import Batch
 from hfcompress.methods.statistics import InputStatistics, Sums, real_rows
-from hfcompress.modeling.anatomy import architecture_of, base_model, layer_lists
+from hfcompress.modeling.anatomy import architecture_of, base_model, layer_lists, module_at
 from hfcompress.modeling.architectures import architectures
 
 
@@ -57,7 +57,7 @@ class Replay:
             caught.append(arguments[0])
             raise _Reached
 
-        with _hooked(self.base.get_submodule(path).register_forward_pre_hook(hook)):
+        with _hooked(module_at(self.model, path).register_forward_pre_hook(hook)):
             for batch in self._run():
                 yield real_rows(caught.pop(), batch)
 

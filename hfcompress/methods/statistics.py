@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from hfcompress.errors import CompressionError
 from hfcompress.methods.calibration import evaluating
 from hfcompress.methods.registry import Batch
-from hfcompress.modeling.anatomy import base_model
+from hfcompress.modeling.anatomy import module_at
 
 # So many show which layers read one tensor.
 _FEW_ROWS = 4
@@ -82,7 +82,6 @@ def shared_inputs(model: PreTrainedModel, paths: Sequence[str], batch: Batch) ->
     Raises:
         CompressionError: A layer was not run.
     """
-    base = base_model(model)
     groups: list[tuple[torch.Tensor, list[str]]] = []
     seen: set[str] = set()
 
@@ -101,7 +100,7 @@ def shared_inputs(model: PreTrainedModel, paths: Sequence[str], batch: Batch) ->
 
     with ExitStack() as stack, torch.no_grad(), evaluating(model):
         for path in paths:
-            stack.callback(base.get_submodule(path).register_forward_pre_hook(watch(path)).remove)
+            stack.callback(module_at(model, path).register_forward_pre_hook(watch(path)).remove)
         model(**{name: value.to(model.device) for name, value in _few_rows(batch).items()})
     for path in paths:
         if path not in seen:
@@ -221,7 +220,7 @@ class LayerReader:
         self, model: PreTrainedModel, paths: Sequence[str], batches: Sequence[Batch], *, by_outputs: Sequence[str] = ()
     ) -> None:
         self.batch: Batch = {}
-        self._base = base_model(model)
+        self._model = model
         self._groups = shared_inputs(model, paths, batches[0]) if batches else []
         self._narrow = {group[0] for group in self._groups if len(group) == 1 and group[0] in by_outputs}
         self._sums = {group[0]: Sums() for group in self._groups}
@@ -229,7 +228,7 @@ class LayerReader:
 
     def __enter__(self) -> LayerReader:
         for path, sums in self._sums.items():
-            module = self._base.get_submodule(path)
+            module = module_at(self._model, path)
             if path in self._narrow:
                 self._hooks.callback(module.register_forward_hook(self._outputs_into(sums)).remove)
             else:
@@ -271,7 +270,6 @@ def input_fisher(model: PreTrainedModel, paths: Sequence[str], batches: Sequence
     Raises:
         CompressionError: No batches, no labels, or gradients that are not finite (the layer is named).
     """
-    base = base_model(model)
     fisher: dict[str, torch.Tensor] = {}
     calls: list[tuple[str, torch.Tensor, torch.Tensor]] = []
 
@@ -284,7 +282,7 @@ def input_fisher(model: PreTrainedModel, paths: Sequence[str], batches: Sequence
     examples = 0
     with ExitStack() as stack, torch.enable_grad(), evaluating(model):
         for path in paths:
-            stack.callback(base.get_submodule(path).register_forward_hook(watch(path)).remove)
+            stack.callback(module_at(model, path).register_forward_hook(watch(path)).remove)
         for batch in each_batch(model, batches, "gradients"):
             calls.clear()
             loss = model(**batch).loss if "labels" in batch else None

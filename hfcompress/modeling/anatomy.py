@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from hfcompress.configuration import suggest
-from hfcompress.errors import UnsupportedModelError
+from hfcompress.errors import CompressionError, UnsupportedModelError
 from hfcompress.modeling.architectures import (
     Architecture,
     Attention,
@@ -29,6 +29,10 @@ KindT = TypeVar("KindT")
 ROLES = ("query", "key", "value", "attention_output", "ffn_input", "ffn_output")
 # Every linear layer of the base model, in any family.
 ANY_LINEAR = "linear"
+# The layer of a head that gives the classes their scores.
+CLASSIFIER = "classifier"
+# Begins the path of a module that is not in the base model but beside it.
+BESIDE = "../"
 ROLE_GROUPS = {
     "attention": ("query", "key", "value", "attention_output"),
     "ffn": ("ffn_input", "ffn_output"),
@@ -36,8 +40,33 @@ ROLE_GROUPS = {
 
 
 def base_model(model: PreTrainedModel) -> PreTrainedModel:
-    """Returns the model without its task head; every path of ours is relative to it."""
+    """Returns the model without its task head; every path of ours is relative to it (`module_at`)."""
     return cast(PreTrainedModel, model.base_model)
+
+
+def module_at(model: PreTrainedModel, path: str) -> nn.Module:
+    """Returns a module by its path from the base model; that of a head's begins with `../`."""
+    if path.startswith(BESIDE):
+        return model.get_submodule(path.removeprefix(BESIDE))
+    return base_model(model).get_submodule(path)
+
+
+def put_module(model: PreTrainedModel, path: str, module: nn.Module) -> None:
+    """Puts a module in the place of one that has this path from the base model."""
+    if path.startswith(BESIDE):
+        model.set_submodule(path.removeprefix(BESIDE), module)
+    else:
+        base_model(model).set_submodule(path, module)
+
+
+def named_parts(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module]]:
+    """Yields all modules, those of the base model first, by their paths from it."""
+    base = base_model(model)
+    yield from base.named_modules()
+    inside = set(base.modules())
+    for name, module in model.named_modules() if base is not model else ():
+        if name and module not in inside:
+            yield f"{BESIDE}{name}", module
 
 
 def prefix_of(model: PreTrainedModel) -> str:
@@ -259,6 +288,20 @@ def linear_layers(model: PreTrainedModel) -> dict[str, nn.Module]:
     }
 
 
+def classifier_layers(model: PreTrainedModel) -> dict[str, nn.Module]:
+    """Returns, by path from the base model, the linear layers of the head that give each class its score."""
+    known, output = architectures().get(model.config.model_type), model.get_output_embeddings()
+    heads = known.heads if known is not None and base_model(model) is model else ()
+    return {
+        path: module
+        for path, module in named_parts(model)
+        if (path.startswith(BESIDE) or path.split(".")[0] in heads)
+        and isinstance(module, (nn.Linear, LowRankLinear))
+        and output_width(module) == getattr(model.config, "num_labels", None)
+        and module is not output
+    }
+
+
 def modules_by_role(model: PreTrainedModel) -> dict[str, list[str]]:
     """Returns, for each of `ROLES`, the paths of its modules (relative to the base model, each once).
 
@@ -282,11 +325,12 @@ def modules_of(model: PreTrainedModel, targets: Iterable[str]) -> list[str]:
 
     Args:
         model: The model; of any family where `linear` is the only target.
-        targets: Members of `ROLES`, keys of `ROLE_GROUPS`, or `linear`: every linear layer of the base model,
-            low-rank ones as a whole.
+        targets: Members of `ROLES`, keys of `ROLE_GROUPS`, `linear`: every linear layer of the base model,
+            low-rank ones as a whole, or `classifier`.
 
     Raises:
         UnsupportedModelError: A role is asked of a family that has no file in `architectures/`.
+        CompressionError: The classifier of a model without one.
     """
     paths: list[str] = []
     for target in targets:
@@ -295,6 +339,11 @@ def modules_of(model: PreTrainedModel, targets: Iterable[str]) -> list[str]:
             for path in linear_layers(model):
                 parent = path.rpartition(".")[0]
                 paths.append(parent if isinstance(base.get_submodule(parent), LowRankLinear) else path)
+        elif target == CLASSIFIER:
+            found = classifier_layers(model)
+            if not found:
+                raise CompressionError(f"{type(model).__name__} has no classifier", hint="Leave it out of the targets.")
+            paths += found
         else:
             by_role = modules_by_role(model)
             paths += [path for role in ROLE_GROUPS.get(target, (target,)) for path in by_role[role]]
@@ -336,8 +385,8 @@ def tied_to(model: PreTrainedModel, path: str) -> list[str]:
     """Returns the paths, in the whole model, of the other modules that hold the same `weight`."""
     base = base_model(model)
     prefix = next(name for name, module in model.named_modules() if module is base)
-    own = f"{prefix}.{path}" if prefix else path
-    weight = getattr(base.get_submodule(path), "weight", None)
+    own = path.removeprefix(BESIDE) if path.startswith(BESIDE) else f"{prefix}.{path}" if prefix else path
+    weight = getattr(module_at(model, path), "weight", None)
     if weight is None:
         return []
     places = model.named_modules(remove_duplicate=False)

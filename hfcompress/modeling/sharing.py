@@ -16,6 +16,7 @@ from hfcompress.modeling.anatomy import (
     feed_forward_blocks,
     find,
     input_width,
+    module_at,
     output_width,
 )
 from hfcompress.modeling.architectures import architectures
@@ -48,7 +49,7 @@ def readers_of_one_input(model: PreTrainedModel, paths: Iterable[str]) -> list[t
         alike: dict[tuple[str, int], list[str]] = {}
         for path in dict.fromkeys(group):
             if path in wanted:
-                width = input_width(base_model(model).get_submodule(path))
+                width = input_width(module_at(model, path))
                 alike.setdefault((path.rpartition(".")[0], width), []).append(path)
         together |= {path: tuple(members) for members in alike.values() for path in members}
     return list(dict.fromkeys(together.get(path, (path,)) for path in wanted))

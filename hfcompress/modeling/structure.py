@@ -32,14 +32,17 @@ from hfcompress.configuration import suggest
 from hfcompress.errors import CheckpointError, CompressionError
 from hfcompress.modeling import surgery
 from hfcompress.modeling.anatomy import (
+    BESIDE,
     AttentionBlock,
     architecture_of,
     attention_blocks,
     base_model,
     blocks_and_gaps,
+    classifier_layers,
     feed_forward_blocks,
     input_width,
     linear_layers,
+    named_parts,
     output_width,
 )
 from hfcompress.modeling.architectures import architectures
@@ -99,8 +102,8 @@ def _unfold(
     unfolded: dict[str, Any] = {}
     for name, value in folded.items():
         matches = [path for path in names if name in (path, _pattern(path))]
-        if not matches and name.partition(".")[0] in absent:
-            continue
+        if not matches and (name.startswith(BESIDE) or name.partition(".")[0] in absent):
+            continue  # another head, or none, as any checkpoint may be loaded with
         if not matches:
             raise CheckpointError(f"config.json: structure.{section}: the model has no module '{name}'")
         unfolded.update(dict.fromkeys(matches, value))
@@ -136,7 +139,7 @@ def describe(model: PreTrainedModel) -> Structure:
         structure["heads"] = _compact(heads, [block.name for block in attentions])
         neurons = {block.name: block.neurons for block in blocks if block.neurons != block.stock_neurons}
         structure["neurons"] = _compact(neurons, [block.name for block in blocks])
-    low_rank = {name: module for name, module in base.named_modules() if isinstance(module, LowRankLinear)}
+    low_rank = {name: module for name, module in named_parts(model) if isinstance(module, LowRankLinear)}
     wholes = [name for name in linear_layers(model) if name.rpartition(".")[0] not in low_rank]
     for section, kind in (("low_rank", LowRankLinear), ("pivoted", PivotedLinear)):
         ranks = {name: each.rank for name, each in low_rank.items() if type(each) is kind}
@@ -279,7 +282,7 @@ def _restore_neurons(model: PreTrainedModel, entries: Mapping[str, Any]) -> None
 
 
 def _restore_low_rank(model: PreTrainedModel, entries: Mapping[str, Any]) -> None:
-    linears = linear_layers(model)
+    linears = linear_layers(model) | classifier_layers(model)
     for name, rank in _unfold("low_rank", entries, linears, _absent(model)).items():
         # The wider side is the stock one: the other may have been pruned below the rank since.
         most = max(input_width(linears[name]), output_width(linears[name]))
@@ -287,14 +290,14 @@ def _restore_low_rank(model: PreTrainedModel, entries: Mapping[str, Any]) -> Non
 
 
 def _restore_pivoted(model: PreTrainedModel, entries: Mapping[str, Any]) -> None:
-    linears = linear_layers(model)
+    linears = linear_layers(model) | classifier_layers(model)
     for name, rank in _unfold("pivoted", entries, linears, _absent(model)).items():
         most = min(input_width(linears[name]), output_width(linears[name]) - 1)
         surgery.factorize(model, name, _bounded("pivoted", name, rank, most), pivoted=True)
 
 
 def _restore_headwise(model: PreTrainedModel, entries: Mapping[str, Any]) -> None:
-    linears = linear_layers(model)
+    linears = linear_layers(model) | classifier_layers(model)
     for name, form in _unfold("headwise", entries, linears, _absent(model)).items():
         inputs, outputs = input_width(linears[name]), output_width(linears[name])
         if not isinstance(form, Mapping) or set(form) != {"rank", "heads"}:

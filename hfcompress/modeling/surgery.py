@@ -16,12 +16,15 @@ from transformers.pytorch_utils import Conv1D
 
 from hfcompress.errors import CompressionError
 from hfcompress.modeling.anatomy import (
+    BESIDE,
     AttentionBlock,
     FeedForwardBlock,
     base_model,
-    find,
     input_width,
+    module_at,
+    named_parts,
     output_width,
+    put_module,
     tied_to,
 )
 from hfcompress.modeling.architectures import Projection
@@ -265,8 +268,7 @@ def factorize(
     Raises:
         CompressionError: The module shares its weight with another one, is quantized, or is not linear.
     """
-    base = base_model(model)
-    old: Any = base.get_submodule(path)
+    old: Any = module_at(model, path)
     if not isinstance(old, Conv1D):
         _require_float(old)
     # An empty model is given back a structure that was allowed when it was made.
@@ -296,8 +298,7 @@ def factorize(
         up, down = factors
         new.up.weight = nn.Parameter(up.to(weight).contiguous())
         new.down.weight = nn.Parameter(down.to(weight).contiguous())
-    new.train(old.training)
-    base.set_submodule(path, new)
+    put_module(model, path, new.train(old.training))
 
 
 def defactorize(model: PreTrainedModel, path: str) -> None:
@@ -310,15 +311,15 @@ def defactorize(model: PreTrainedModel, path: str) -> None:
     Raises:
         CompressionError: The module is not low-rank, or its factors are quantized.
     """
-    base = base_model(model)
-    old = base.get_submodule(path)
+    old = module_at(model, path)
     if not isinstance(old, LowRankLinear):
         raise CompressionError(f"{path} is a {type(old).__name__}, not a low-rank layer: there is nothing to merge")
     _require_float(old.up)
     _require_float(old.down)
     parent = path.rpartition(".")[0]
-    for name, alone in part_from_others(base.get_submodule(parent), old).items():
-        base.set_submodule(f"{parent}.{name}".removeprefix("."), alone)
+    beside = {} if path.startswith(BESIDE) else part_from_others(base_model(model).get_submodule(parent), old)
+    for name, alone in beside.items():
+        put_module(model, f"{parent}.{name}".removeprefix("."), alone)
     up, down, bias = old.up.weight, old.down.weight, old.bias
     product = old.compose(up.detach().double(), down.detach().double()).to(up.dtype)
     with torch.device("meta"):
@@ -331,8 +332,7 @@ def defactorize(model: PreTrainedModel, path: str) -> None:
     new.weight = nn.Parameter((product.T if old.transposed else product).contiguous(), requires_grad=up.requires_grad)
     if bias is not None:
         new.bias = bias
-    new.train(old.training)
-    base.set_submodule(path, new)
+    put_module(model, path, new.train(old.training))
 
 
 def in_two_factors(model: PreTrainedModel) -> list[str]:
@@ -345,29 +345,29 @@ def in_two_factors(model: PreTrainedModel) -> list[str]:
     Returns:
         The layers, relative to the base model, for `in_pivoted_form`.
     """
-    base, paths = base_model(model), []
-    for path, old in list(base.named_modules()):
+    paths: list[str] = []
+    for path, old in list(named_parts(model)):
         if isinstance(old, PivotedLinear) and all(
             type(each) is nn.Linear and each.weight.requires_grad for each in (old.up, old.down)
         ):
-            _replace_factors(base, path, LowRankLinear, balanced(*old.two_factors()))
+            _replace_factors(model, path, LowRankLinear, balanced(*old.two_factors()))
             paths.append(path)
     return paths
 
 
 def in_pivoted_form(model: PreTrainedModel, paths: Sequence[str]) -> None:
     """Gives layers their pivoted form back, with the same product; those that are no longer two factors stay."""
-    base = base_model(model)
+    parts = dict(named_parts(model))
     for path in paths:
-        old: Any = find(base, path)
+        old: Any = parts.get(path)
         if type(old) is LowRankLinear and type(old.up) is nn.Linear and old.rank < old.out_features:
-            _replace_factors(base, path, PivotedLinear, (old.up.weight.detach(), old.down.weight.detach()))
+            _replace_factors(model, path, PivotedLinear, (old.up.weight.detach(), old.down.weight.detach()))
 
 
 def _replace_factors(
-    base: PreTrainedModel, path: str, kind: type[LowRankLinear], factors: tuple[torch.Tensor, torch.Tensor]
+    model: PreTrainedModel, path: str, kind: type[LowRankLinear], factors: tuple[torch.Tensor, torch.Tensor]
 ) -> None:
-    old: Any = base.get_submodule(path)
+    old: Any = module_at(model, path)
     like: dict[str, Any] = {"device": old.down.weight.device, "dtype": old.down.weight.dtype}
     has_bias = old.bias is not None
     new = kind(old.in_features, old.out_features, old.rank, bias=has_bias, transposed=old.transposed, **like)
@@ -377,4 +377,4 @@ def _replace_factors(
         new.set_factors(*factors)
     else:
         new.up.weight, new.down.weight = (nn.Parameter(each.to(old.down.weight).contiguous()) for each in factors)
-    base.set_submodule(path, new.train(old.training))
+    put_module(model, path, new.train(old.training))

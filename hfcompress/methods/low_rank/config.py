@@ -8,7 +8,8 @@ from pydantic import Field, model_validator
 
 from hfcompress.configuration import Config
 
-Target = Literal["attention", "ffn", "query", "key", "value", "attention_output", "ffn_input", "ffn_output", "linear"]
+Role = Literal["query", "key", "value", "attention_output", "ffn_input", "ffn_output"]
+Target = Literal["attention", "ffn", Role, "linear", "classifier"]
 Method = Literal["whitened", "svd", "fisher", "nmf"]
 Sensitivity = Literal["outputs", "loss", "curvature"]
 _SIZES = ("keep", "rank", "energy", "budget")
@@ -19,7 +20,8 @@ class LowRankConfig(Config):
 
     Attributes:
         targets: Roles of the layers: `attention` and `ffn`, or single projections. `linear` is every linear layer
-            of the base model, in any family. None at all only where `embeddings` is given.
+            of the base model, in any family; `classifier` the layer of the head that scores the classes, which is
+            worth it where there are many. None at all only where `embeddings` is given.
         keep: Share of the parameters that every target keeps; 0.5 where nothing else is said.
         rank: The rank of every target.
         energy: Share of the squared singular values (with `whitened` of those of the whitened matrix) that every

@@ -15,9 +15,10 @@ from transformers import PreTrainedModel
 
 from hfcompress.errors import CompressionError
 from hfcompress.methods.calibration import evaluating
+from hfcompress.methods.low_rank.fitting import matrix_of
 from hfcompress.methods.low_rank.ranks import LEAST, Cost, is_smaller, rank_for, size_of
 from hfcompress.methods.registry import Batch
-from hfcompress.modeling.anatomy import base_model
+from hfcompress.modeling.anatomy import module_at
 from hfcompress.modeling.layers.headwise import HeadwiseLinear
 from hfcompress.modeling.layers.low_rank import LowRankLinear, PivotedLinear, SharedLinear
 
@@ -55,7 +56,7 @@ def costs_of(
     totals = {path: (sum(outputs), inputs) for path, (outputs, inputs) in widths.items()}
     if measure in ("parameters", "bytes"):
         places = torch.int64.itemsize if pivoted and measure == "bytes" else 0
-        weights = {path: base_model(model).get_parameter(f"{path}.weight") for path in layers}
+        weights = {path: matrix_of(model, path) for path in layers}
         units = {path: each.element_size() if measure == "bytes" else 1 for path, each in weights.items()}
         return {
             path: _counted(shape, units[path], places * shape[0], pivoted, heads.get(path, 1))
@@ -69,7 +70,7 @@ def costs_of(
     timed: dict[Any, Cost] = {}
     costs: dict[str, Cost] = {}
     for path, shape in widths.items():
-        module: Any = base_model(model).get_submodule(path)
+        module: Any = module_at(model, path)
         form = (module.bias is not None, module.weight.dtype, module.weight.device)
         kind = (*shape, positions[path], *form, heads.get(path, 1))
         if kind not in timed:
@@ -95,7 +96,7 @@ def _positions(model: PreTrainedModel, paths: Sequence[str], batch: Batch) -> di
 
     with ExitStack() as stack, torch.no_grad(), evaluating(model):
         for path in paths:
-            stack.callback(base_model(model).get_submodule(path).register_forward_pre_hook(watch(path)).remove)
+            stack.callback(module_at(model, path).register_forward_pre_hook(watch(path)).remove)
         model(**{name: value.to(model.device) for name, value in batch.items()})
     for path, count in counts.items():
         if not count:

@@ -16,7 +16,7 @@ from hfcompress.methods.calibration import evaluating
 from hfcompress.methods.low_rank.maths import Pulled
 from hfcompress.methods.registry import Batch
 from hfcompress.methods.statistics import LayerReader, each_batch
-from hfcompress.modeling.anatomy import base_model
+from hfcompress.modeling.anatomy import module_at
 
 _SEED = 0
 # Tokens at once: a language model predicts a whole vocabulary at each, and several copies of that are needed.
@@ -57,7 +57,6 @@ def output_curvature(
     Raises:
         CompressionError: No batches, a layer that is never run, or gradients that are not finite (it is named).
     """
-    base = base_model(model)
     sums = {path: _Gradients() for path in paths}
     total, temperatures = 0, []
     generator = torch.Generator().manual_seed(_SEED)
@@ -67,7 +66,7 @@ def output_curvature(
             parameter.requires_grad_(False)
             stack.callback(parameter.requires_grad_, True)
         for path in paths:
-            module = base.get_submodule(path)
+            module = module_at(model, path)
             stack.callback(module.register_forward_hook(sums[path].watch_outputs(moments=path not in pulled)).remove)
             if path in pulled:
                 stack.callback(module.register_forward_pre_hook(sums[path].watch_inputs).remove)

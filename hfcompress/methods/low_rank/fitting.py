@@ -14,7 +14,7 @@ from hfcompress.errors import CompressionError
 from hfcompress.methods.low_rank import maths
 from hfcompress.methods.low_rank.config import LowRankConfig, Method
 from hfcompress.methods.statistics import InputStatistics
-from hfcompress.modeling.anatomy import base_model
+from hfcompress.modeling.anatomy import module_at
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Group:
 
 def matrix_of(model: PreTrainedModel, path: str) -> torch.Tensor:
     """Returns a layer's weight as `(out, in)`."""
-    module: Any = base_model(model).get_submodule(path)
+    module: Any = module_at(model, path)
     weight = module.weight.detach()
     return weight.T if isinstance(module, Conv1D) else weight
 
@@ -218,8 +218,7 @@ def fit_group(model: PreTrainedModel, group: Group, rank: int, config: LowRankCo
     Raises:
         CompressionError: As `fit`; names the first layer.
     """
-    base = base_model(model)
-    have_bias = all(getattr(base.get_submodule(path), "bias", None) is not None for path in group.paths)
+    have_bias = all(getattr(module_at(model, path), "bias", None) is not None for path in group.paths)
     form: dict[str, Any] = {"refit": config.refit, "shift": config.correct_bias and have_bias}
     with named(group.name):
         inputs = knowledge.inputs.get(group.name)

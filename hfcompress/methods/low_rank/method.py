@@ -24,7 +24,7 @@ from hfcompress.methods.registry import Batch, Context
 from hfcompress.methods.replay import Replay, paired_statistics
 from hfcompress.methods.statistics import LayerReader, input_fisher, layer_statistics, shared_inputs
 from hfcompress.modeling import surgery
-from hfcompress.modeling.anatomy import base_model, heads_by_projection, input_width, modules_of, output_width
+from hfcompress.modeling.anatomy import heads_by_projection, input_width, module_at, modules_of, output_width
 from hfcompress.modeling.checkpoint import commit
 from hfcompress.modeling.layers.bitsandbytes import kind_of
 from hfcompress.modeling.layers.headwise import compose_heads
@@ -89,11 +89,10 @@ def float_layers(model: PreTrainedModel, config: LowRankConfig) -> tuple[dict[st
     Raises:
         CompressionError: A target is quantized.
     """
-    base = base_model(model)
     layers: dict[str, tuple[int, int]] = {}
     done: list[str] = []
     for path in modules_of(model, config.targets):
-        module = base.get_submodule(path)
+        module: Any = module_at(model, path)
         if isinstance(module, LowRankLinear):
             done.append(path)
         elif kind_of(module):
@@ -189,8 +188,8 @@ def _is_tall(model: PreTrainedModel, path: str) -> bool:
 
 def _is_narrow(model: PreTrainedModel, path: str) -> bool:
     """Tells whether a layer gives fewer numbers than it takes, in a precision that tells of small ones too."""
-    outputs, inputs = matrix_of(model, path).shape
-    return outputs < inputs and base_model(model).get_submodule(path).weight.dtype == torch.float32
+    matrix = matrix_of(model, path)
+    return len(matrix) < matrix.shape[1] and matrix.dtype == torch.float32
 
 
 def choose_ranks(
@@ -320,7 +319,7 @@ def factorize_group(
         surgery.factorize(model, group.name, rank, fitted.factors, pivoted=config.pivoted, heads=heads)
     if fitted.shift is not None:
         for path, shift in zip(group.paths, fitted.shift.split(group.outputs), strict=True):
-            made: Any = base_model(model).get_submodule(path)
+            made: Any = module_at(model, path)
             bias = made.bias
             made.set_bias(nn.Parameter(bias.detach() + shift.to(bias), requires_grad=bias.requires_grad))
 

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from hfcompress.methods.probing import Probe, divergence
-from hfcompress.modeling.anatomy import base_model, output_width
+from hfcompress.modeling.anatomy import module_at, output_width
 
 __all__ = ["Probe", "divergence", "measure"]
 
@@ -34,10 +34,9 @@ def measure(
     Returns:
         As `products`, the rise of the loss by rank.
     """
-    base = base_model(model)
     rises: dict[str, dict[int, float]] = {}
     for name, make in products.items():
-        layers: list[Any] = [base.get_submodule(path) for path in (members or {}).get(name, (name,))]
+        layers: list[Any] = [module_at(model, path) for path in (members or {}).get(name, (name,))]
         widths = [output_width(layer) for layer in layers]
         rises[name] = {}
         for rank, product in make().items():

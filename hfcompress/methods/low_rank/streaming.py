@@ -25,7 +25,7 @@ from hfcompress.methods.low_rank.config import LowRankConfig
 from hfcompress.methods.low_rank.embeddings import factorize_table, token_table
 from hfcompress.methods.low_rank.fitting import Knowledge
 from hfcompress.methods.low_rank.method import by_layer, choose_ranks, factorize_group, float_layers, groups_of
-from hfcompress.modeling.anatomy import base_model
+from hfcompress.modeling.anatomy import module_at
 from hfcompress.modeling.checkpoint import commit, save
 from hfcompress.modeling.densify import Companions
 from hfcompress.modeling.headers import read_header
@@ -85,7 +85,7 @@ def stream_factorize(
         for number, (group, rank) in enumerate(tqdm(plan.items(), desc="factorizing", disable=not progress)):
             factorize_group(model, group, rank, config, knowledge)
             for member, path in enumerate(group.paths):
-                _spill(base_model(model).get_submodule(path), scratch / f"{number}-{member}.safetensors")
+                _spill(module_at(model, path), scratch / f"{number}-{member}.safetensors")
             _give_back_memory()
         table = {} if config.embeddings is None else factorize_table(model, config.embeddings, config.multiple_of)
         commit(model)
