@@ -116,6 +116,29 @@ class Bench:
         prepare(folder, key)
         set_seed(self.seed)
         started = time.monotonic()
+        checkpoint, training = folder / "checkpoint", None
+        findings = self._on_disk(step, before, checkpoint)
+        if findings is None:
+            findings, training = self._in_memory(step, folder, before, teacher)
+        seconds = round(time.monotonic() - started, 1)
+        _keep_logs(folder / "training" / "runs", folder / _LOGS)
+        shutil.rmtree(folder / "training", ignore_errors=True)
+        record = self._measure(checkpoint, folder, key) | {"key": key, "seconds": seconds, "findings": findings}
+        record["training"] = training and asdict(training)
+        write_json(folder / RECORD, record)
+        return record
+
+    def _on_disk(self, step: Step, before: Done | None, checkpoint: Path) -> dict[str, Any] | None:
+        """Does a step on the files of the one before, where its method can; None where the model is to be loaded."""
+        method = method_of(step.methods[0]) if len(step.methods) == 1 else None
+        if before is None or step.training is not None or method is None or method.stream is None:
+            return None
+        findings = method.stream(before.checkpoint, checkpoint, step.methods[0], not self.quiet)
+        return None if findings is None else {method.name: findings}
+
+    def _in_memory(
+        self, step: Step, folder: Path, before: Done | None, teacher: Done | None
+    ) -> tuple[dict[str, Any], Training | None]:
         model = self._load(before)
         cut = self.material.cut(before.checkpoint if before else self.material.base)
         # A method may change the tokenizer in place; the steps before keep theirs.
@@ -125,16 +148,8 @@ class Bench:
             findings = self._at_once(model, step, cut)
         else:
             findings, training = self._in_training(model, step, folder / "training", teacher, cut)
-        seconds = round(time.monotonic() - started, 1)
-        checkpoint = folder / "checkpoint"
-        save(model, checkpoint, tokenizer=cut.tokenizer)
-        _keep_logs(folder / "training" / "runs", folder / _LOGS)
-        shutil.rmtree(folder / "training", ignore_errors=True)
-        del model
-        record = self._measure(checkpoint, folder, key) | {"key": key, "seconds": seconds, "findings": findings}
-        record["training"] = training and asdict(training)
-        write_json(folder / RECORD, record)
-        return record
+        save(model, folder / "checkpoint", tokenizer=cut.tokenizer)
+        return findings, training
 
     def _measure(self, checkpoint: Path, folder: Path, key: str) -> dict[str, Any]:
         """Judges what a user would load, never what is left in memory; the answers are kept in `folder`."""

@@ -1,11 +1,13 @@
 """Memory and time of factorising a checkpoint that need not fit into memory, against its number of layers.
 
-A language model of random weights is written shard by shard, with as many layers as make `--gigabytes`, then with half
-and a quarter of them; `hfcompress factorize` runs on each, and the anonymous resident memory of that process (RssAnon:
-mapped files do not count) is read while it does. Time is the process's own on the processor, whatever else the machine
-does. The exit code says whether the largest peak is below `--limit`.
+A model of random weights is written shard by shard, with as many layers as make `--gigabytes`, then with half and a
+quarter of them; `hfcompress factorize` or a whole `hfcompress run` works on each, and the anonymous resident memory of
+that process (RssAnon: mapped files do not count) is read while it does. Time is the process's own on the processor,
+whatever else the machine does. The exit code says whether the largest peak is below `--limit`. The recipe of a run has
+one step of plain factors, on a task of a few rows, for what is measured is not the quality of random weights.
 
     python scripts/benchmark_streaming.py --folder FOLDER
+    python scripts/benchmark_streaming.py --folder FOLDER --command run
 """
 
 from __future__ import annotations
@@ -17,15 +19,20 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import save_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
 
-WIDTH, INNER, VOCABULARY = 512, 1408, 8192
+from hfcompress.material import find_model
+
+WIDTH, INNER = 512, 1408
+TOKENIZER = "demo/minilm-l6"
+REVIEWS = ("a warm, funny film", "a dull and lazy one")
 GIGABYTE = 2**30
 SAMPLES_A_SECOND = 50
 
@@ -39,14 +46,15 @@ def main() -> int:
     for layers in (most, most // 2, most // 4):
         source, out = asked.folder / f"source-{layers}", asked.folder / f"out-{layers}"
         write_checkpoint(source, layers, asked.seed)
-        seconds, peak = measure(source, out, asked.keep)
+        command = factorize(source, out, asked.keep) if asked.command == "factorize" else run(source, out, asked.keep)
+        seconds, peak = measure(command)
         sizes = [weight_bytes(folder) / GIGABYTE for folder in (source, out)]
         table.add_row(
             str(layers), *(f"{size:.2f}" for size in sizes), f"{seconds:.1f}", f"{seconds / layers:.3f}", f"{peak:.3f}"
         )
         peaks.append(peak)
-        for folder in (source, out):
-            shutil.rmtree(folder)
+        for folder in (source, out, out.with_name(f"{out.name}.work")):
+            shutil.rmtree(folder, ignore_errors=True)
     Console(width=110).print(table)
     return 0 if max(peaks) < asked.limit else 1
 
@@ -58,6 +66,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--gigabytes", type=float, default=4.0, help="size of the largest checkpoint")
     parser.add_argument("--keep", type=float, default=0.5)
     parser.add_argument("--limit", type=float, default=1.5, help="GiB of anonymous memory")
+    parser.add_argument("--command", choices=("factorize", "run"), default="factorize")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
 
@@ -69,19 +78,23 @@ def layer_bytes() -> int:
 
 def write_checkpoint(folder: Path, layers: int, seed: int) -> None:
     """Writes a stock checkpoint, each layer into a shard of its own, so that this takes little memory too."""
+    tokenizer = AutoTokenizer.from_pretrained(find_model(TOKENIZER, progress=False))
+    tokenizer.save_pretrained(folder)
     config = LlamaConfig(
-        vocab_size=VOCABULARY,
+        vocab_size=len(tokenizer),
+        pad_token_id=tokenizer.pad_token_id,
+        id2label={0: "bad", 1: "good"},
+        label2id={"bad": 0, "good": 1},
         hidden_size=WIDTH,
         intermediate_size=INNER,
         num_hidden_layers=layers,
         num_attention_heads=8,
-        architectures=["LlamaForCausalLM"],
+        architectures=["LlamaForSequenceClassification"],
         dtype="float32",
     )
-    folder.mkdir(parents=True)
     config.save_pretrained(folder)
     with torch.device("meta"):
-        shapes = {name: tensor.shape for name, tensor in LlamaForCausalLM(config).state_dict().items()}
+        shapes = {name: tensor.shape for name, tensor in LlamaForSequenceClassification(config).state_dict().items()}
     generator = torch.Generator().manual_seed(seed)
     shards: dict[str, list[str]] = {}
     for name in shapes:
@@ -96,9 +109,38 @@ def write_checkpoint(folder: Path, layers: int, seed: int) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
-def measure(source: Path, out: Path, keep: float) -> tuple[float, float]:
+def factorize(source: Path, out: Path, keep: float) -> list[str]:
+    """Returns the arguments of `hfcompress` that factorise a checkpoint."""
+    return ["factorize", str(source), str(out), f"--keep={keep}"]
+
+
+def run(source: Path, out: Path, keep: float) -> list[str]:
+    """Writes a recipe and a few rows beside the checkpoint; returns the arguments of `hfcompress` that run it."""
+    data, recipe = source.with_name("data"), source.with_name("recipe.yaml")
+    data.mkdir(exist_ok=True)
+    rows = [{"text": text, "label": label} for text, label in zip(REVIEWS, (1, 0), strict=True)] * 4
+    for split in ("train", "validation"):
+        (data / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe.write_text(
+        json.dumps(
+            {
+                "name": "streamed",
+                "model": str(source.resolve()),
+                "task": {"kind": "classification", "data": str(data.resolve()), "columns": ["text"], "label": "label"}
+                | {"labels": ["bad", "good"]},
+                "max_length": 16,
+                "evaluation": {"batch_size": 2, "speed_batch_size": 1, "speed_sequence_length": 8, "speed_repeats": 3}
+                | {"grid_batch_sizes": []},
+                "steps": [{"name": "factorize", "low_rank": {"method": "svd", "keep": keep}}],
+            }
+        )
+    )
+    return ["run", str(recipe), "--output", str(out)]
+
+
+def measure(arguments: Sequence[str]) -> tuple[float, float]:
     """Runs the command; returns its CPU seconds and the peak of its anonymous memory in GiB."""
-    command = [sys.executable, "-m", "hfcompress_cli", "factorize", str(source), str(out), f"--keep={keep}", "--quiet"]
+    command = [sys.executable, "-m", "hfcompress_cli", *arguments, "--quiet"]
     before, peak = children_seconds(), 0
     with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
         status = Path(f"/proc/{process.pid}/status")
@@ -106,7 +148,7 @@ def measure(source: Path, out: Path, keep: float) -> tuple[float, float]:
             peak = max(peak, anonymous_kib(status))
             time.sleep(1 / SAMPLES_A_SECOND)
     if process.returncode:
-        raise SystemExit(f"hfcompress factorize failed with exit code {process.returncode}")
+        raise SystemExit(f"hfcompress {arguments[0]} failed with exit code {process.returncode}")
     return children_seconds() - before, peak / 2**20
 
 

@@ -62,6 +62,25 @@ def comparable(report: Report) -> list[tuple]:
     return [(row.name, row.metrics, row.retention, row.parameters, row.bytes) for row in report.rows]
 
 
+def test_what_needs_no_data_is_done_on_disk_with_the_same_result(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model of a step that only factorises weights is never in memory: it may be larger."""
+    text = RECIPE.format(model=place / "model", data=place / "data")
+    plain = text.split("  - name: prune")[0] + "  - low_rank: {keep: 0.6, method: svd}\n"
+    reports = []
+    for name in ("disk", "memory"):
+        (place / f"{name}.yaml").write_text(plain)
+        if name == "memory":
+            monkeypatch.setattr(bench.Bench, "_on_disk", lambda *arguments: None)
+        else:
+            monkeypatch.setattr(bench.Bench, "_at_once", None)
+        reports.append(pipeline.run(load_recipe(place / f"{name}.yaml"), place / name, quiet=True))
+        monkeypatch.undo()
+    assert comparable(reports[0]) == comparable(reports[1])
+    assert reports[0].rows[1].findings == reports[1].rows[1].findings
+    kept = ("model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json")
+    assert all((place / "disk" / each).read_bytes() == (place / "memory" / each).read_bytes() for each in kept)
+
+
 def test_a_run_ends_with_a_checkpoint_that_plain_transformers_loads(finished: tuple[Path, Report]) -> None:
     output, report = finished
     assert [row.name for row in report.rows] == ["fine_tune", "prune", "low_rank", "quantization"]

@@ -52,6 +52,9 @@ class Method:
         summary: One line for people.
         apply: Changes a model at once and returns what it found out (JSON values), or None where the
             method works only in training.
+        stream: Does the same to a checkpoint on disk, tensor by tensor: reads one folder, writes another, and returns
+            what `apply` would, or None, having written nothing, where config or checkpoint do not allow it. Takes both
+            folders, the config, and whether to show progress.
         part: Makes the method's part of a Trainer, or None where it only works at once.
         needs_float: Whether it must see float weights, so that it cannot follow quantization.
         quantizes: Whether it leaves weights that are no longer float.
@@ -62,6 +65,7 @@ class Method:
     config: type[Config]
     summary: str
     apply: Callable[[PreTrainedModel, Any, Context], dict[str, Any]] | None = None
+    stream: Callable[[Path, Path, Any, bool], dict[str, Any] | None] | None = None
     part: Callable[[Any, Context], Part] | None = None
     needs_float: bool = True
     quantizes: bool = False

@@ -37,7 +37,7 @@ WARM_UP = 20  # steps
 # Steps of the fine-tuning, and as many after compression: of one thread 3.6 to 4 s each, so that both are 15 minutes.
 STEPS = 110
 FINE_TUNED_AT = 1e-4
-RATES = (3e-5,)  # after compression: each model has the one that serves it best on the part for choices, or none
+RATES = (3e-5, 1e-4)  # after compression: each model has the one that serves it best on the part for choices, or none
 
 # Blocks of tokens, int64 `(blocks, BLOCK)`, as a model's arguments; labels are -100 where nothing is to be predicted.
 Text = dict[str, torch.Tensor]

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from hfcompress import LowRankConfig, compress
 from hfcompress.errors import CheckpointError, CompressionError, RunFolderError
-from hfcompress.methods.low_rank.streaming import stream_factorize
+from hfcompress.methods.low_rank.streaming import stream_factorize, stream_step
 from hfcompress.modeling.checkpoint import save
 from hfcompress.modeling.integrity import verify_files
 from hfcompress_cli import app
@@ -122,6 +122,17 @@ def test_a_compressed_checkpoint_is_refused(tmp_path: Path) -> None:
     stream_factorize(source, tmp_path / "once", config, progress=False)
     with pytest.raises(CheckpointError, match="compressed already"):
         stream_factorize(tmp_path / "once", tmp_path / "twice", config, progress=False)
+
+
+def test_a_step_is_done_on_disk_only_where_it_can_be(tmp_path: Path) -> None:
+    source, plain = stock("bert", tmp_path / "source"), LowRankConfig(method="svd", multiple_of=2)
+    for config in (LowRankConfig(), LowRankConfig(method="whitened"), LowRankConfig(method="svd", refit=True)):
+        assert stream_step(source, tmp_path / "out", config, False) is None  # each wants data, which a step has
+    assert not (tmp_path / "out").exists()
+    found = stream_step(source, tmp_path / "once", plain, False)
+    assert found is not None and found["ranks"]
+    assert stream_step(tmp_path / "once", tmp_path / "twice", plain, False) is None
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["once", "source"]
 
 
 PEAK = """

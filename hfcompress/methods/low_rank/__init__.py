@@ -6,6 +6,7 @@ from hfcompress.methods.low_rank.config import LowRankConfig, Target
 from hfcompress.methods.low_rank.maths import truncate
 from hfcompress.methods.low_rank.method import low_rank
 from hfcompress.methods.low_rank.ranks import rank_for
+from hfcompress.methods.low_rank.streaming import stream_step
 from hfcompress.methods.registry import Method, register
 
 __all__ = ["LowRankConfig", "Target", "low_rank", "rank_for", "truncate"]
@@ -16,5 +17,6 @@ register(
         config=LowRankConfig,
         summary="Splits linear layers into products of two thin ones.",
         apply=low_rank,
+        stream=stream_step,
     )
 )

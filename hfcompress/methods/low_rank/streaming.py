@@ -68,11 +68,35 @@ def stream_factorize(
         RunFolderError: `out` holds something.
     """
     source, out = Path(source), Path(out)
-    _require_no_data_needed(config)
+    if needed := _needs_data(config):
+        raise CompressionError(
+            f"{needed} needs calibration data, which a checkpoint on disk is not run on",
+            hint="Use method svd or nmf with keep, rank or energy.",
+        )
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise RunFolderError(f"{out} is not empty", hint="Choose a new folder.")
     out.parent.mkdir(parents=True, exist_ok=True)
-    model = mapped_model(source)
+    return _factorize(mapped_model(source), source, out, config, max_shard_size, progress)
+
+
+def stream_step(source: Path, out: Path, config: LowRankConfig, progress: bool) -> dict[str, Any] | None:
+    """Does a recipe's step on disk; returns None where the config needs data, or the source is not a stock checkpoint.
+
+    Raises:
+        CompressionError: A matrix is not finite (it is named).
+    """
+    if config.method == "auto" or _needs_data(config):
+        return None
+    try:
+        model = mapped_model(source)
+    except CheckpointError:  # compressed already, or its tensors have other names than the class: it is loaded whole
+        return None
+    return _factorize(model, source, out, config, "2GB", progress)
+
+
+def _factorize(
+    model: PreTrainedModel, source: Path, out: Path, config: LowRankConfig, max_shard_size: str, progress: bool
+) -> dict[str, Any]:
     if config.embeddings is not None:
         token_table(model)
     knowledge = Knowledge(method="nmf" if config.method == "nmf" else "svd")
@@ -97,17 +121,14 @@ def stream_factorize(
     return findings | ({"embeddings": table} if table else {})
 
 
-def _require_no_data_needed(config: LowRankConfig) -> None:
+def _needs_data(config: LowRankConfig) -> str:
+    """Returns what in a config needs calibration data; empty where nothing does."""
     fitted = [name for name in ("sequential", "refit", "correct_bias") if getattr(config, name)]
     if config.method in ("whitened", "fisher"):
         fitted.append(f"method {config.method}")
     if config.budget is not None:
         fitted.append("budget")
-    if fitted:
-        raise CompressionError(
-            f"{fitted[0]} needs calibration data, which a checkpoint on disk is not run on",
-            hint="Use method svd or nmf with keep, rank or energy.",
-        )
+    return next(iter(fitted), "")
 
 
 def mapped_model(folder: Path) -> PreTrainedModel:
