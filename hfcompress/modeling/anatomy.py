@@ -226,7 +226,6 @@ def heads_by_projection(model: PreTrainedModel) -> dict[str, int]:
     return {
         block.path(each.path): output_width(block.at(each.path)) // block.head_dim
         for block in attention_blocks(model)
-        if not block.removed
         for _, each in block.projections
     }
 
