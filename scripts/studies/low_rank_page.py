@@ -51,7 +51,7 @@ def language_model() -> str:
     ratios = {(row["arm"], row["removed"]): row["ratio"] for row in measured}
     arms = [arm for arm in ARMS if any(each == arm for each, _ in ratios)]
     head = ["share of the linear layers' parameters removed", *(f"{share:.0%}" for share in shares)]
-    lines = [[ARMS[arm], *(_ratio(ratios.get((arm, share))) for share in shares)] for arm in arms]
+    lines = [[ARMS[arm], *(_number(ratios.get((arm, share))) for share in shares)] for arm in arms]
     blocks, calibration = base["test_blocks"], measured[0]["calibration_blocks"]
     text = f"""## A small language model
 
@@ -68,7 +68,7 @@ Ranks are multiples of 8, so that a fixed share removes 1 to 2 points more than 
     return f"{text}![Perplexity by method and share removed]({LANGUAGE_MODEL.name})\n\n"
 
 
-def _ratio(value: float | None) -> str:
+def _number(value: float | None) -> str:
     if value is None:
         return "-"
     return f"{value:.2f}" if value < 100 else f"{value:,.0f}" if value < 1e5 else f"{value:.0e}"
@@ -91,8 +91,8 @@ def _recovered(rows: Sequence[Row], chosen: Sequence[Row]) -> str:
                 "the original" if arm == "original" else ARMS[arm],
                 f"{share:.0%}",
                 str(len(mine)),
-                f"{mean(row['perplexity'] for row in before):.2f}",
-                f"{mean(row['perplexity'] for row in mine):.2f}",
+                _number(mean(row["perplexity"] for row in before)),
+                _number(mean(row["perplexity"] for row in mine)),
                 ", ".join(f"{each:.0e}" for each in sorted(tried)),
                 f"{rate:.0e}" if rate else "none",
                 "1" if arm == "original" else _spread([row["ratio"] for row in mine]),
@@ -119,25 +119,26 @@ def _spread(ratios: Sequence[float]) -> str:
 def _draw_language_model(
     arms: Sequence[str], ratios: dict[Point, float], shares: Sequence[float], after: Sequence[Row]
 ) -> None:
-    figure, (axes,) = _figure(1, 1, (7.2, 4.2))
+    figure, (axes,) = _figure(1, 1, (7.8, 5.2))
     colours = {arm: f"C{number}" for number, arm in enumerate(arms)}
-    for arm in arms:
+    drawn = [arm for arm in arms if min(ratios.get((arm, share), HIGHEST) for share in shares) < HIGHEST]
+    for arm in drawn:
         mine = [(100 * share, ratios[arm, share]) for share in shares if (arm, share) in ratios]
-        if min(ratio for _, ratio in mine) < HIGHEST:
-            axes.plot(*zip(*mine, strict=True), color=colours[arm], marker="o", markersize=4, label=ARMS[arm])
+        axes.plot(*zip(*mine, strict=True), color=colours[arm], marker="o", markersize=4, label=ARMS[arm])
     for arm in [arm for arm in ARMS if any(row["arm"] == arm for row in after)]:
         places = sorted({row["removed"] for row in after if row["arm"] == arm})
         means = [mean(row["ratio"] for row in after if (row["arm"], row["removed"]) == (arm, at)) for at in places]
         form: dict[str, Any] = {"marker": "s", "markersize": 4, "linestyle": "--", "color": colours[arm]}
-        axes.plot([100 * at for at in places], means, **form)
+        label = {} if arm in drawn else {"label": f"{ARMS[arm]}, trained on"}
+        axes.plot([100 * at for at in places], means, **form, **label)
     axes.plot([], [], marker="s", markersize=4, linestyle="--", color="0.4", label="fine-tuned, factorised, trained on")
     axes.set(xlabel="linear parameters removed, %", ylabel="perplexity / the original's", yscale="log")
     axes.set_yticks([1, 2, 5, 10, 20], ["1", "2", "5", "10", "20"])
     axes.set(xticks=[100 * share for share in shares], ylim=(0.9, HIGHEST))
     axes.minorticks_off()
     axes.grid(axis="y", linewidth=0.3)
-    axes.set_title("SmolLM2-135M; plain and Fisher-weighted SVD are above the picture", fontsize=10)
-    axes.legend(fontsize=7)
+    axes.set_title("SmolLM2-135M; plain and Fisher-weighted SVD without training are above the picture", fontsize=10)
+    figure.legend(loc="outside lower center", ncols=1, fontsize=8)
     _keep(figure, LANGUAGE_MODEL)
 
 
