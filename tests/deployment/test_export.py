@@ -45,6 +45,7 @@ STEPS = {
     "dense": [],
     "pruned": [StructuredPruningConfig(heads=0.4, neurons=0.3)],
     "low_rank": [LowRankConfig(keep=0.5)],
+    "low_rank_heads": [LowRankConfig(keep=0.5, per_head=True, multiple_of=1)],
     "blocks_removed": [LayerDroppingConfig(part="attention"), LayerDroppingConfig(part="ffn", which="first")],
     "all_at_once": [
         StructuredPruningConfig(heads=0.4, neurons=0.3),
