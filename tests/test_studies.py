@@ -35,6 +35,7 @@ def test_the_first_seed_chooses_and_ratios_are_those_of_the_same_seed() -> None:
         row("smaller", 1, 1e-4, 30.0),
         row("smaller", 2, 1e-4, 30.0),  # there is no original of this seed yet
         row("smallest", 1, 1e-4, 30.0),  # nothing is chosen for it yet
+        row("new", 0, 0.0, 30.0, choices=9.0),  # not trained yet
     ]
     found = [(each["arm"], each["seed"], each["ratio"]) for each in recovered(rows, "arm")]
     assert found == [("original", 0, 1.0), ("original", 1, 1.0), ("smaller", 0, 1.2), ("smaller", 1, 1.5)]

@@ -222,13 +222,13 @@ def recovered(rows: Sequence[dict[str, Any]], *names: str) -> list[dict[str, Any
 
     Returns:
         Each model's at the rate that the first seed has chosen for it, with a `ratio` to the original's of the same
-        seed; none of a model that the first seed has not measured yet.
+        seed; none of a model that the first seed has not trained yet.
     """
     models: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for row in rows:
         if row["study"] == "recovered":
             models.setdefault(tuple(row[name] for name in names), []).append(row)
-    begun = [model for model in models.values() if any(row["seed"] == 0 for row in model)]
+    begun = [model for model in models.values() if any(row["seed"] == 0 and row["rate"] for row in model)]
     chosen = [row for model in begun for row in model if row["rate"] == chosen_rate(model)]
     originals = {row["seed"]: row["perplexity"] for row in chosen if row["arm"] == "original"}
     return [row | {"ratio": row["perplexity"] / originals[row["seed"]]} for row in chosen if row["seed"] in originals]
