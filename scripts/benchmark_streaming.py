@@ -54,7 +54,8 @@ def main() -> int:
         )
         peaks.append(peak)
         for folder in (source, out, out.with_name(f"{out.name}.work")):
-            shutil.rmtree(folder, ignore_errors=True)
+            if folder.exists():
+                shutil.rmtree(folder)
     Console(width=110).print(table)
     return 0 if max(peaks) < asked.limit else 1
 

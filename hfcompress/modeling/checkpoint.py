@@ -37,7 +37,8 @@ from hfcompress.modeling.layers.bitsandbytes import (
 )
 from hfcompress.modeling.loading import guard_config, guard_files, require_checked, require_exact_base
 from hfcompress.modeling.saving import forget_reading, replace_directory, save, save_as_stock, seal_when_saved
-from hfcompress.modeling.structure import Structure, describe, read_linear_entry, rebuild, say_in_stock_fields
+from hfcompress.modeling.stock_fields import say_in_stock_fields
+from hfcompress.modeling.structure import Structure, describe, read_linear_entry, rebuild
 
 __all__ = ["HFCompressConfig", "HFCompressQuantizer", "commit", "needs_plugin", "replace_directory", "save"]
 

@@ -7,6 +7,7 @@ The record is small JSON, relative to the base model, and holds only what differ
      "neurons": {"encoder.layer.0.intermediate.dense": 704},
      "low_rank": {"encoder.layer.*.intermediate.dense": 96},
      "pivoted": {"encoder.layer.*.output.dense": 256},
+     "headwise": {"encoder.layer.*.attention.self.value": {"rank": 24, "heads": 12}},
      "shared": {"encoder.layer.*.attention.self.key": "query"},
      "low_rank_embeddings": {"embeddings.word_embeddings": 128},
      "embeddings": {"embeddings.word_embeddings": {"bits": 8, "group_size": 384}},
@@ -15,7 +16,7 @@ The record is small JSON, relative to the base model, and holds only what differ
      "packed": {"encoder.layer.*.output.dense": "ternary"},
      "torchao": {"encoder.layer.*.attention.self.key": "torchao-int8"}}
 
-A name with `*` for a layer's number stands for every layer's module of that name.
+A name with `*` for a layer's number stands for every layer's module of that name; one of a head's begins with `../`.
 """
 
 from __future__ import annotations
@@ -33,7 +34,6 @@ from hfcompress.errors import CheckpointError, CompressionError
 from hfcompress.modeling import surgery
 from hfcompress.modeling.anatomy import (
     BESIDE,
-    AttentionBlock,
     architecture_of,
     attention_blocks,
     base_model,
@@ -191,44 +191,6 @@ def read_linear_entry(name: str, entry: Any) -> tuple[Kind, Numerics]:
             f"from 0 to 1e6, others a compute_dtype: {', '.join(COMPUTE_DTYPES)}"
         )
     return kind, Numerics(float(threshold), computes)
-
-
-def say_in_stock_fields(model: PreTrainedModel) -> None:
-    """Moves what the stock config can express into it, so that an ordinary checkpoint is written.
-
-    That is feed-forward blocks of one width, and attentions with one number of heads in the families whose config
-    holds the width of a head apart. An encoder and a decoder with fields of their own count each for itself.
-    """
-    if model.config.model_type not in architectures():
-        return
-    configs = {id(part.config): part.config for part in (model, base_model(model))}.values()
-    widths: dict[str, set[int]] = {}
-    for block in feed_forward_blocks(model):
-        widths.setdefault(block.spec.neurons, set()).add(block.neurons)
-    attentions: dict[str, list[AttentionBlock]] = {}
-    for block in attention_blocks(model):
-        attentions.setdefault(block.spec.heads, []).append(block)
-    said: dict[str, int] = {field: found.pop() for field, found in widths.items() if len(found) == 1}
-    for blocks in attentions.values():
-        said |= _uniform_heads(model, blocks)
-    for config in configs:
-        for field, value in said.items():
-            if getattr(config, field, None) != value:
-                setattr(config, field, value)
-
-
-def _uniform_heads(model: PreTrainedModel, blocks: list[AttentionBlock]) -> dict[str, int]:
-    """Returns the config fields that say how many heads all these attentions have, where they can."""
-    spec, config = blocks[0].spec, base_model(model).config
-    sizes = {(block.heads, block.query_heads, block.head_dim) for block in blocks}
-    sayable = spec.head_dim_field is not None and spec.shared_bias == "none"  # each layer may keep others of a bias
-    if not sayable or len(sizes) > 1 or blocks[0].heads == blocks[0].stock_heads:
-        return {}
-    heads, query_heads, head_dim = sizes.pop()
-    if spec.heads_divide is not None and getattr(config, spec.heads_divide) % query_heads:
-        return {}
-    said = {spec.heads: query_heads, spec.head_dim_field: head_dim}
-    return said | ({spec.kv_heads: heads} if spec.kv_heads else {})
 
 
 def rebuild(model: PreTrainedModel, structure: Mapping[str, Any]) -> None:

@@ -16,7 +16,6 @@ from hfcompress.errors import CheckpointError, ConfigError
 from hfcompress.methods.low_rank import low_rank
 from hfcompress.methods.low_rank.costs import costs_of
 from hfcompress.methods.low_rank.maths import energies, truncate
-from hfcompress.methods.low_rank.streaming import stream_factorize
 from hfcompress.methods.registry import Context
 from hfcompress.modeling import surgery
 from hfcompress.modeling.anatomy import attention_blocks, base_model, feed_forward_blocks, modules_of
@@ -280,15 +279,6 @@ def test_it_costs_one_factor_and_what_reads_it() -> None:
     compress(model, [LowRankConfig(targets=("query", "key", "value"), rank=10, share=True, method="svd")])
     attention = model.bert.encoder.layer[0].attention.self
     assert sum(each.numel() for each in attention.parameters() if each.dim() == 2) == 10 * 4 * 64
-
-
-def test_a_checkpoint_is_streamed_into_the_same(tmp_path: Path) -> None:
-    tiny_classifier().save_pretrained(tmp_path / "whole")
-    stream_factorize(tmp_path / "whole", tmp_path / "streamed", SHARED, progress=False)
-    streamed = type(tiny_classifier()).from_pretrained(tmp_path / "streamed")
-    model = compress(tiny_classifier(), [SHARED])
-    assert shared_layers(streamed).keys() == shared_layers(model).keys()
-    assert torch.equal(logits(streamed, batches(1)[0]), logits(model, batches(1)[0]))
 
 
 # What is refused

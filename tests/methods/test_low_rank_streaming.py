@@ -19,6 +19,7 @@ from hfcompress_cli import app
 from tests.tiny_models import FAMILIES, class_of, inputs_for, make
 
 SHARDS = "20KB"
+SIZES = [{"keep": 0.6}, {"rank": 3}, {"energy": 0.8}, {"share": True}, {"per_head": True}]
 
 
 def stock(family: str, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
@@ -41,7 +42,7 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("size", [{"keep": 0.6}, {"rank": 3}, {"energy": 0.8}], ids=str)
+@pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.parametrize("family", ["bert", "gpt2", "qwen3", "t5"])
 def test_it_writes_what_memory_would(family: str, size: dict, dtype: torch.dtype, tmp_path: Path) -> None:
     source = stock(family, tmp_path / "source", dtype)

@@ -30,7 +30,8 @@ from hfcompress.modeling.anatomy import (
 )
 from hfcompress.modeling.checkpoint import commit
 from hfcompress.modeling.layers.low_rank import LowRankLinear
-from hfcompress.modeling.structure import describe, say_in_stock_fields
+from hfcompress.modeling.stock_fields import say_in_stock_fields
+from hfcompress.modeling.structure import describe
 from tests.tiny_models import CELLS, FAMILIES, class_of, inputs_for, make, run
 
 MAIN = [(family, made.heads[min(1, len(made.heads) - 1)]) for family, made in FAMILIES.items()]

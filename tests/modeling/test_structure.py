@@ -13,7 +13,8 @@ from hfcompress.errors import CheckpointError
 from hfcompress.modeling import surgery
 from hfcompress.modeling.anatomy import attention_blocks, base_model, feed_forward_blocks
 from hfcompress.modeling.checkpoint import commit
-from hfcompress.modeling.structure import describe, rebuild, say_in_stock_fields
+from hfcompress.modeling.stock_fields import say_in_stock_fields
+from hfcompress.modeling.structure import describe, rebuild
 from tests.modeling.test_families import factorize, uneven
 from tests.tiny_models import CELLS, FAMILIES, class_of, make
 

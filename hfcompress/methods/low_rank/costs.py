@@ -54,18 +54,16 @@ def costs_of(
     """
     widths = {path: (outs if isinstance(outs, tuple) else (outs,), inputs) for path, (outs, inputs) in layers.items()}
     totals = {path: (sum(outputs), inputs) for path, (outputs, inputs) in widths.items()}
+    places = torch.int64.itemsize if pivoted and measure == "bytes" else 0
     if measure in ("parameters", "bytes"):
-        places = torch.int64.itemsize if pivoted and measure == "bytes" else 0
-        weights = {path: matrix_of(model, path) for path in layers}
-        units = {path: each.element_size() if measure == "bytes" else 1 for path, each in weights.items()}
+        positions = {}
+        units = {path: matrix_of(model, path).element_size() if measure == "bytes" else 1 for path in layers}
+    else:
+        units = positions = _positions(model, list(layers), batch)
+    if measure != "latency":
         return {
             path: _counted(shape, units[path], places * shape[0], pivoted, heads.get(path, 1))
             for path, shape in totals.items()
-        }
-    positions = _positions(model, list(layers), batch)
-    if measure == "flops":
-        return {
-            path: _counted(shape, positions[path], 0, pivoted, heads.get(path, 1)) for path, shape in totals.items()
         }
     timed: dict[Any, Cost] = {}
     costs: dict[str, Cost] = {}

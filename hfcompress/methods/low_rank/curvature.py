@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -57,7 +57,7 @@ def output_curvature(
     Raises:
         CompressionError: No batches, a layer that is never run, or gradients that are not finite (it is named).
     """
-    sums = {path: _Gradients() for path in paths}
+    sums = {path: _Gradients(path in pulled) for path in paths}
     total, temperatures = 0, []
     generator = torch.Generator().manual_seed(_SEED)
     wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -67,7 +67,7 @@ def output_curvature(
             stack.callback(parameter.requires_grad_, True)
         for path in paths:
             module = module_at(model, path)
-            stack.callback(module.register_forward_hook(sums[path].watch_outputs(moments=path not in pulled)).remove)
+            stack.callback(module.register_forward_hook(sums[path].watch_outputs).remove)
             if path in pulled:
                 stack.callback(module.register_forward_pre_hook(sums[path].watch_inputs).remove)
         for batch in each_batch(model, batches, "curvature"):
@@ -78,28 +78,27 @@ def output_curvature(
                 if loss.requires_grad:
                     loss.backward()
                 total += count
-    return {path: found.curvature(path, total, path in pulled, model.device) for path, found in sums.items()}
+    return {path: found.curvature(path, total, model.device) for path, found in sums.items()}
 
 
 class _Gradients:
-    """Sums of the gradients that pass one layer."""
+    """Sums of the gradients that pass one layer: second moments where it ends, or where it begins."""
 
-    def __init__(self) -> None:
+    def __init__(self, pulled: bool) -> None:
+        self._pulled = pulled
         self._width = 0
         self._moment: torch.Tensor | None = None
         self._squares: torch.Tensor | float = 0.0
 
-    def watch_outputs(self, moments: bool) -> Callable[..., torch.Tensor]:
-        """Makes a forward hook, for the gradients' second moments or for their squares alone."""
-
-        def hook(module: nn.Module, arguments: Any, output: torch.Tensor) -> torch.Tensor:
-            output = _followed(output)
-            if moments:
-                self._width = output.shape[-1]
-            output.register_hook(self._add if moments else self._add_squares)
-            return output
-
-        return hook
+    def watch_outputs(self, module: nn.Module, arguments: Any, output: torch.Tensor) -> torch.Tensor:
+        """Is a forward hook."""
+        output = _followed(output)
+        if self._pulled:
+            output.register_hook(self._add_squares)
+        else:
+            self._width = output.shape[-1]
+            output.register_hook(self._add)
+        return output
 
     def watch_inputs(self, module: nn.Module, arguments: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         """Is a forward pre-hook: other layers read the same tensor, and what comes back from them is not wanted."""
@@ -108,7 +107,7 @@ class _Gradients:
         own.register_hook(self._add)
         return own, *arguments[1:]
 
-    def curvature(self, path: str, count: int, pulled: bool, device: torch.device) -> torch.Tensor | Pulled:
+    def curvature(self, path: str, count: int, device: torch.device) -> torch.Tensor | Pulled:
         """Returns what has been found, per prediction.
 
         Raises:
@@ -119,7 +118,7 @@ class _Gradients:
         moment = torch.zeros(self._width, self._width, device=device) if self._moment is None else self._moment
         if not (torch.isfinite(moment).all() and math.isfinite(self._squares)):
             raise CompressionError(f"{path}: the gradients on the calibration batches are not finite")
-        return Pulled(moment / count, float(self._squares) / count) if pulled else moment / count
+        return Pulled(moment / count, float(self._squares) / count) if self._pulled else moment / count
 
     def _add(self, gradient: torch.Tensor) -> None:
         rows = gradient.detach().flatten(0, -2).float()

@@ -222,11 +222,8 @@ def fit_group(model: PreTrainedModel, group: Group, rank: int, config: LowRankCo
     form: dict[str, Any] = {"refit": config.refit, "shift": config.correct_bias and have_bias}
     with named(group.name):
         inputs = knowledge.inputs.get(group.name)
-        fitted = [
-            fit(piece.weight, rank, knowledge.method, **known, inputs=inputs, **form)
-            for piece in pieces_of(model, group, knowledge)
-            for known in [{"weighting": piece.weighting, "curvature": piece.curvature, "gram": piece.gram}]
-        ]
+        pieces = pieces_of(model, group, knowledge)
+        fitted = [fit(rank=rank, method=knowledge.method, inputs=inputs, **each._asdict(), **form) for each in pieces]
     if len(fitted) == 1:
         return fitted[0]
     up, down = (torch.cat(each) for each in zip(*(one.factors for one in fitted), strict=True))
