@@ -1,139 +1,169 @@
 """MiniLM-L6 fine-tuned alone beside MiniLM-L6 taught by a fine-tuned MPNet-base, for the same time.
 
-    python -m scripts.studies.distillation run [--tasks mrpc stsb ...] [--seeds 10]   # hours; goes on where cut off
-    python -m scripts.studies.distillation summary
+    python -m scripts.studies.distillation run [--tasks mrpc stsb ...] [--seeds 1 2 3 ...]   # goes on where cut off
+    python -m scripts.studies.distillation choose [--tasks ...] [--arms ...]  # rates alone, and what each loss is worth
+    python -m scripts.studies.distillation_page                               # docs/distillation.md and its picture
 
-Teachers and data are those of `scripts.studies.material`. Every arm has the same grid of learning rates, from which
-one is chosen on a tenth of train with one seed; the student alone then trains so many more epochs as take the time
-that the teacher took. Validation is read once, with every seed: a seed changes the head, the order and dropout. The
-summary's intervals are paired, over seeds and examples (`hfcompress.evaluation.seeds`).
+Teachers and data are those of `scripts.studies.material`. Every arm has the same learning rates, of which one is
+chosen on a tenth of train with one seed. What the teacher takes to speak counts: by the processor's time of the runs
+that are for choices, a student alone trains so many more epochs as that is worth, rounded up. Validation is read once
+with every seed, which changes the head, the order and dropout. Runs that are there are not done again, and seeds go
+round by round, so that a cut leaves the arms and tasks in balance. One epoch of MiniLM takes one thread one to three
+minutes.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import math
-from pathlib import Path
+import shutil
+import time
+from dataclasses import asdict
 from typing import Any
 
+import torch
 import yaml
 
-from hfcompress import pipeline
-from hfcompress.evaluation.answer_book import AnswerBook
-from hfcompress.evaluation.comparison import Answers
-from hfcompress.evaluation.report import Report
-from hfcompress.evaluation.seeds import over_seeds
-from hfcompress.recipe import parse_recipe
+from hfcompress.bench import Bench
+from hfcompress.material import Material
+from hfcompress.recipe import Recipe, parse_recipe
+from hfcompress.run_folder import Done
 from hfcompress.tasks import get_task
-from scripts.studies.material import TASKS, glue_folder, results_file, study_root, teacher_folder
+from scripts.studies.language_model import pending
+from scripts.studies.material import TASKS, add_row, glue_folder, read_rows, results_file, study_root, teacher_folder
 
-RESULTS = results_file("distillation.json")
+RESULTS = results_file("distillation.jsonl")
 STUDENT, TEACHER = "minilm-l6", "mpnet-base"
-RATES = (5e-5, 1e-4, 2e-4)
-EPOCHS = {"mrpc": 4, "stsb": 4, "sst2": 2, "rte": 5}
-MOST_SEEDS = {"sst2": 5}
+RATES = (1e-4, 2e-4)
+EPOCHS = {"mrpc": 3, "stsb": 3, "sst2": 2, "rte": 5}
+SEEDS = {"mrpc": 10, "stsb": 10, "sst2": 5, "rte": 10}
 
+_OUTPUTS: dict[str, Any] = {"soft": 1.0, "hard": 0.5, "temperature": 2.0, "cache": True}
+ALONE, TAUGHT = "alone", "outputs"
 ARMS: dict[str, dict[str, Any] | None] = {
-    "alone": None,
-    "outputs": {"soft": 1.0, "hard": 0.5, "temperature": 2.0, "cache": True},
-    "outputs alone": {"soft": 1.0, "hard": 0.0, "temperature": 2.0, "cache": True},
-    "outputs and hidden states": {"soft": 1.0, "hard": 0.5, "temperature": 2.0, "hidden": 0.1, "layers": "last"},
-    "outputs and relations": {"soft": 1.0, "hard": 0.5, "temperature": 2.0, "relations": 0.1},
+    ALONE: None,
+    TAUGHT: _OUTPUTS,
+    "outputs, no labels": _OUTPUTS | {"hard": 0.0},
+    "outputs, temperature 1": _OUTPUTS | {"temperature": 1.0},
+    "outputs, squared error": _OUTPUTS | {"soft_loss": "mse"},
+    "outputs, last hidden states": _OUTPUTS | {"hidden": 0.1, "layers": [[6, 12]]},
+    "outputs, hidden states first": _OUTPUTS | {"hidden": 1.0, "layers": [[6, 12]], "stage": 0.3},
+    "outputs, relations": _OUTPUTS | {"cache": False, "relations": 0.1, "relation_heads": 12},
 }
+MAIN = (ALONE, TAUGHT)
 
 
-def result(task: str, arm: str, rate: float, epochs: float, seeds: list[int], part: str) -> tuple[Path, Report]:
-    """Runs one arm, or finds what it has done."""
-    training = {"epochs": epochs, "learning_rate": rate, "batch_size": 32}
+# Runs
+
+
+def recipe_of(point: dict[str, Any]) -> Recipe:
+    """Returns what a run does."""
+    training = {"epochs": point["epochs"], "learning_rate": point["rate"], "batch_size": 32}
     step: dict[str, Any] = {"name": "learn", "training": training}
-    if taught := ARMS[arm]:
+    if taught := ARMS[point["arm"]]:
         step["distillation"] = taught
-    name = f"{task}-{arm}-{rate:g}-{epochs:g}-{part}".replace(" ", "-")
     recipe = {
-        "name": name,
+        "name": "study",
         "model": f"demo/{STUDENT}",
-        "teacher": str(teacher_folder(TEACHER, task)),
-        "task": task,
-        "data": str(glue_folder(part)),
-        "seeds": seeds,
+        "teacher": str(teacher_folder(TEACHER, point["task"])),
+        "task": point["task"],
+        "data": str(glue_folder(point["part"])),
         "max_length": 128,
-        "evaluation": {"curve_points": 0, "grid_batch_sizes": [], "speed_repeats": 3},
+        "evaluation": {"curve_points": 0},
         "steps": [step],
     }
-    folder = study_root() / "distillation" / name
-    report = pipeline.run(parse_recipe(yaml.safe_dump(recipe), "study"), folder, quiet=True)
-    return folder, report
+    return parse_recipe(yaml.safe_dump(recipe), "study")
 
 
-def choose(task: str, arm: str) -> tuple[float, float]:
-    """Returns the learning rate that is best on the tenth of train that is for choices, and the seconds it took."""
-    metric = get_task(task).metrics[0]
-    tried = []
-    for rate in RATES:
-        _, report = result(task, arm, rate, EPOCHS[task], [0], "choices")
-        tried.append((report.rows[-1].metrics[metric], rate, report.rows[-1].seconds))
-    _, rate, seconds = max(tried)
-    return rate, min(seconds, *(each[2] for each in tried))
+def run(point: dict[str, Any]) -> None:
+    """Trains and measures a student, unless that is done; keeps its answers and the processor's time."""
+    if not pending(read_rows(RESULTS), point):
+        return
+    root = study_root() / "distillation"
+    work = root / "-".join(f"{each}" for each in point.values()).replace(" ", "_")
+    cache = root / "cache"
+    known = set(cache.glob("*")) if cache.exists() else set()
+    started = time.process_time()
+    material = Material(recipe_of(point), progress=False)
+    assert material.teacher is not None
+    # Its own report says how good the teacher is.
+    teacher = Done("teacher", (), material.teacher, work, "", {})
+    bench = Bench(material, point["seed"], work, cache, quiet=True)
+    done = bench.run_steps(teacher)[-1]
+    said = {"seconds": time.process_time() - started, "filled": bool(set(cache.glob("*")) - known)}
+    answers = {name: each for name, each in asdict(bench.answers(done)).items() if name != "groups"}
+    add_row(RESULTS, point | said | {"metrics": done.record["metrics"], "answers": answers})
+    shutil.rmtree(work)
 
 
-def measure(task: str, seeds: int) -> None:
-    """Chooses, runs every arm with every seed, and writes what came out."""
-    found = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    chosen = {arm: choose(task, arm) for arm in ARMS}
-    longest = chosen["outputs"][1]
-    books = {}
-    for arm, (rate, seconds) in chosen.items():
-        more = math.ceil(EPOCHS[task] * longest / seconds) if arm == "alone" else EPOCHS[task]
-        folder, report = result(task, arm, rate, max(more, EPOCHS[task]), list(range(1, seeds + 1)), "whole")
-        book = AnswerBook.from_json((folder / "predictions.json").read_text())
-        books[arm] = answers_of(book)
-        spread = report.seeds.rows[-1] if report.seeds else None
-        found[f"{task}|{arm}"] = {
-            "learning_rate": rate,
-            "epochs": max(more, EPOCHS[task]),
-            "seeds": seeds,
-            "values": {name: each.values for name, each in spread.metrics.items()} if spread else {},
-            "teacher": dict(report.rows[0].metrics),
-        }
-    for arm in list(ARMS)[1:]:
-        pairs = [list(each) for each in zip(books["alone"], books[arm], strict=True)]
-        gained = over_seeds(range(seeds), ("alone", arm), pairs, get_task(task)).rows[1].differences
-        found[f"{task}|{arm}"]["gained"] = {name: [each.value, each.low, each.high] for name, each in gained.items()}
-    RESULTS.parent.mkdir(parents=True, exist_ok=True)
-    RESULTS.write_text(json.dumps(found, indent=1))
+# Choices
 
 
-def answers_of(book: AnswerBook) -> list[Answers]:
-    """Returns the student's answers, one entry a seed."""
-    every = [book.rows, *(seed.rows for seed in book.seeds)]
-    return [Answers(predictions=own[-1].predictions, references=book.references, confidences=own[-1].confidences)
-            for own in every]  # fmt: skip
+def points_for_choices(task: str, arm: str) -> list[dict[str, Any]]:
+    """Returns the runs by which a learning rate is chosen."""
+    point = {"task": task, "arm": arm, "part": "choices", "epochs": EPOCHS[task], "seed": 0}
+    return [point | {"rate": rate} for rate in RATES]
 
 
-def summary() -> None:
-    """Prints a table of what is there."""
-    found = json.loads(RESULTS.read_text())
-    for key, each in found.items():
-        task, arm = key.split("|")
-        metric = get_task(task).metrics[0]
-        values = each["values"][metric]
-        gained = each.get("gained", {}).get(metric)
-        said = f"{gained[0]:+.4f} ({gained[1]:+.4f} to {gained[2]:+.4f})" if gained else ""
-        print(f"{task:5} {arm:28} {metric:10} {sum(values) / len(values):.4f} over {len(values)} seeds  {said}")
+def chosen_rate(rows: list[dict[str, Any]], task: str, arm: str) -> float:
+    """Returns the rate that is best on the tenth of train that is for choices."""
+    tried = [row for point in points_for_choices(task, arm) for row in rows if row | point == row]
+    return max(tried, key=lambda row: row["metrics"][get_task(task).metrics[0]])["rate"]
+
+
+def epochs_of_teacher(rows: list[dict[str, Any]], task: str) -> float:
+    """Returns for how many epochs a student could have trained while the teacher spoke once about each row.
+
+    That is by how much the run that filled the cache took longer than another.
+    """
+    runs = [row for point in points_for_choices(task, TAUGHT) for row in rows if row | point == row]
+    filling, other = (next(row["seconds"] for row in runs if row["filled"] is state) for state in (True, False))
+    return EPOCHS[task] * (filling - other) / other
+
+
+def points_for_validation(rows: list[dict[str, Any]], task: str, arm: str, seed: int) -> dict[str, Any]:
+    """Returns the run that is measured on validation."""
+    more = math.ceil(epochs_of_teacher(rows, task)) if arm == ALONE else 0
+    point = {"task": task, "arm": arm, "part": "whole", "epochs": EPOCHS[task] + more, "seed": seed}
+    return point | {"rate": chosen_rate(rows, task, arm)}
+
+
+def choose(asked: argparse.Namespace) -> None:
+    """Does the runs by which rates are chosen, and prints what they came to."""
+    for task in asked.tasks:
+        for point in (each for arm in asked.arms for each in points_for_choices(task, arm)):
+            run(point)
+    for row in read_rows(RESULTS):
+        if row["part"] == "choices" and row["task"] in asked.tasks:
+            figures = " ".join(f"{name} {value:.4f}" for name, value in row["metrics"].items())
+            print(f"{row['task']:5} {row['arm']:30} {row['rate']:.0e} {row['seconds']:5.0f} s  {figures}")
+
+
+def run_all(asked: argparse.Namespace) -> None:
+    """Chooses, and runs every arm with every seed."""
+    for task in asked.tasks:
+        for arm in asked.arms if TAUGHT in asked.arms else (TAUGHT, *asked.arms):
+            for point in points_for_choices(task, arm):
+                run(point)
+    for seed in asked.seeds or range(1, max(SEEDS[task] for task in asked.tasks) + 1):
+        for task in asked.tasks:
+            for arm in asked.arms if seed <= SEEDS[task] else ():
+                run(points_for_validation(read_rows(RESULTS), task, arm, seed))
 
 
 def main() -> None:
-    """Runs the study or shows it."""
+    """Does what was asked."""
+    torch.set_num_threads(1)  # a run's processor time is its time
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("run", "summary"))
-    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=("mrpc", "stsb", "sst2", "rte"))
-    parser.add_argument("--seeds", type=int, default=10)
-    options = parser.parse_args()
-    if options.what == "run":
-        for task in options.tasks:
-            measure(task, min(options.seeds, MOST_SEEDS.get(task, options.seeds)))
-    summary()
+    commands = parser.add_subparsers(required=True)
+    for name, work in (("run", run_all), ("choose", choose)):
+        command = commands.add_parser(name, help=work.__doc__)
+        command.set_defaults(work=work)
+        command.add_argument("--tasks", nargs="+", choices=TASKS, default=("mrpc", "stsb", "sst2"))
+        command.add_argument("--arms", nargs="+", choices=tuple(ARMS), default=MAIN)
+    commands.choices["run"].add_argument("--seeds", nargs="+", type=int)
+    asked = parser.parse_args()
+    asked.work(asked)
 
 
 if __name__ == "__main__":
