@@ -4,7 +4,8 @@
 
 GLUE is laid out like `nyu-mll/glue`, wnut17 like `wnut_17`; recipes whose data is not given are left out. The runs are
 kept in `~/.cache/hfcompress` (or in `HFCOMPRESS_CACHE`) and go on where they were cut off. Recipes that begin with the
-same fine-tuning share it. A card that is there is made again only where its recipe is named.
+same fine-tuning share it, and one whose teacher is another recipe's run lets that be made first. A card that is there
+is made again only where its recipe is named.
 """
 
 from __future__ import annotations
@@ -27,14 +28,20 @@ DATA = {"mrpc": "glue", "sst2": "glue", "wnut17": "wnut17"}
 
 
 def recipes() -> dict[str, dict[str, Any]]:
-    """Returns the recipes that start from a demo model and learn from nobody else, the quickest first."""
+    """Returns the recipes that start from a demo model, the quickest first."""
     found = {file.stem: yaml.safe_load(file.read_text(encoding="utf-8")) for file in (ROOT / "recipes").glob("*.yaml")}
     own = {
         name: values
         for name, values in found.items()
-        if values["model"].startswith("demo/") and "teacher" not in values and isinstance(values["task"], str)
+        if values["model"].startswith("demo/") and isinstance(values["task"], str)
     }
+    own = {name: values for name, values in own.items() if "teacher" not in values or teacher_of(values) in own}
     return dict(sorted(own.items(), key=lambda each: (each[1]["model"], each[1]["task"] in DATA, each[0])))
+
+
+def teacher_of(values: dict[str, Any]) -> str:
+    """Returns the recipe whose run teaches."""
+    return values["teacher"].removeprefix("./runs/")
 
 
 def beginning(values: dict[str, Any]) -> Any:
@@ -52,13 +59,24 @@ def share_first_step(name: str, every: dict[str, dict[str, Any]], runs: Path) ->
             shutil.copytree(done, place)
 
 
+def run(name: str, every: dict[str, dict[str, Any]], runs: Path, data: Path | None) -> None:
+    """Runs a recipe, and before it the one that makes its teacher."""
+    settings = {"data": data} if data else {}
+    if "teacher" in every[name]:
+        teacher = teacher_of(every[name])
+        run(teacher, every, runs, data)
+        settings["teacher"] = runs / teacher
+    share_first_step(name, every, runs)
+    recipe = ROOT / "recipes" / f"{name}.yaml"
+    command = [sys.executable, "-m", "hfcompress_cli", "run", str(recipe), "--quiet", "--output", str(runs / name)]
+    subprocess.run([*command, *(f"--set={field}={value}" for field, value in settings.items())], check=True)
+
+
 def make(name: str, every: dict[str, dict[str, Any]], data: Path | None) -> None:
     """Runs a recipe and keeps its card."""
-    runs, recipe = study_root() / "cards", ROOT / "recipes" / f"{name}.yaml"
+    runs = study_root() / "cards"
     runs.mkdir(parents=True, exist_ok=True)
-    share_first_step(name, every, runs)
-    command = [sys.executable, "-m", "hfcompress_cli", "run", str(recipe), "--quiet", "--output", str(runs / name)]
-    subprocess.run([*command, *([f"--set=data={data}"] if data else [])], check=True)
+    run(name, every, runs, data)
     (CARDS / name).mkdir(parents=True, exist_ok=True)
     for each in KEPT:
         source, target = runs / name / each, CARDS / name / each

@@ -6,7 +6,7 @@
 
 Teachers and data are those of `scripts.studies.material`. Every arm has the same learning rates, of which one is
 chosen on a tenth of train with one seed. What the teacher takes to speak counts: by the processor's time of the runs
-that are for choices, a student alone trains so many more epochs as that is worth, rounded up. Validation is read once
+that are for choices, a student alone trains so many more epochs as that is worth. Validation is read once
 with every seed, which changes the head, the order and dropout. Runs that are there are not done again, and seeds go
 round by round, so that a cut leaves the arms and tasks in balance. One epoch of MiniLM takes one thread one to three
 minutes.
@@ -18,6 +18,7 @@ import argparse
 import math
 import shutil
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -34,7 +35,7 @@ from scripts.studies.material import TASKS, add_row, glue_folder, read_rows, res
 
 RESULTS = results_file("distillation.jsonl")
 STUDENT, TEACHER = "minilm-l6", "mpnet-base"
-RATES = (1e-4, 2e-4)
+RATES = (5e-5, 1e-4, 2e-4)
 EPOCHS = {"mrpc": 3, "stsb": 3, "sst2": 2, "rte": 5}
 SEEDS = {"mrpc": 10, "stsb": 10, "sst2": 5, "rte": 10}
 
@@ -44,10 +45,10 @@ ARMS: dict[str, dict[str, Any] | None] = {
     ALONE: None,
     TAUGHT: _OUTPUTS,
     "outputs, no labels": _OUTPUTS | {"hard": 0.0},
-    "outputs, temperature 1": _OUTPUTS | {"temperature": 1.0},
-    "outputs, squared error": _OUTPUTS | {"soft_loss": "mse"},
-    "outputs, last hidden states": _OUTPUTS | {"hidden": 0.1, "layers": [[6, 12]]},
-    "outputs, hidden states first": _OUTPUTS | {"hidden": 1.0, "layers": [[6, 12]], "stage": 0.3},
+    "outputs, temperature 5": _OUTPUTS | {"temperature": 5.0},
+    "outputs, last hidden states": _OUTPUTS | {"hidden": 20.0, "layers": [[6, 12]]},
+    "outputs, hidden states": _OUTPUTS | {"hidden": 20.0},
+    "outputs, hidden states first": _OUTPUTS | {"hidden": 20.0, "stage": 0.3},
     "outputs, relations": _OUTPUTS | {"cache": False, "relations": 0.1, "relation_heads": 12},
 }
 MAIN = (ALONE, TAUGHT)
@@ -81,7 +82,7 @@ def run(point: dict[str, Any]) -> None:
         return
     root = study_root() / "distillation"
     work = root / "-".join(f"{each}" for each in point.values()).replace(" ", "_")
-    cache = root / "cache"
+    cache = root / f"cache-{point['task']}-{point['part']}"
     known = set(cache.glob("*")) if cache.exists() else set()
     started = time.process_time()
     material = Material(recipe_of(point), progress=False)
@@ -99,10 +100,10 @@ def run(point: dict[str, Any]) -> None:
 # Choices
 
 
-def points_for_choices(task: str, arm: str) -> list[dict[str, Any]]:
+def points_for_choices(task: str, arm: str, rates: Sequence[float] = RATES) -> list[dict[str, Any]]:
     """Returns the runs by which a learning rate is chosen."""
     point = {"task": task, "arm": arm, "part": "choices", "epochs": EPOCHS[task], "seed": 0}
-    return [point | {"rate": rate} for rate in RATES]
+    return [point | {"rate": rate} for rate in rates]
 
 
 def chosen_rate(rows: list[dict[str, Any]], task: str, arm: str) -> float:
@@ -123,7 +124,7 @@ def epochs_of_teacher(rows: list[dict[str, Any]], task: str) -> float:
 
 def points_for_validation(rows: list[dict[str, Any]], task: str, arm: str, seed: int) -> dict[str, Any]:
     """Returns the run that is measured on validation."""
-    more = math.ceil(epochs_of_teacher(rows, task)) if arm == ALONE else 0
+    more = math.ceil(10 * epochs_of_teacher(rows, task)) / 10 if arm == ALONE else 0
     point = {"task": task, "arm": arm, "part": "whole", "epochs": EPOCHS[task] + more, "seed": seed}
     return point | {"rate": chosen_rate(rows, task, arm)}
 
@@ -131,7 +132,7 @@ def points_for_validation(rows: list[dict[str, Any]], task: str, arm: str, seed:
 def choose(asked: argparse.Namespace) -> None:
     """Does the runs by which rates are chosen, and prints what they came to."""
     for task in asked.tasks:
-        for point in (each for arm in asked.arms for each in points_for_choices(task, arm)):
+        for point in (each for arm in asked.arms for each in points_for_choices(task, arm, asked.rates)):
             run(point)
     for row in read_rows(RESULTS):
         if row["part"] == "choices" and row["task"] in asked.tasks:
@@ -162,6 +163,7 @@ def main() -> None:
         command.add_argument("--tasks", nargs="+", choices=TASKS, default=("mrpc", "stsb", "sst2"))
         command.add_argument("--arms", nargs="+", choices=tuple(ARMS), default=MAIN)
     commands.choices["run"].add_argument("--seeds", nargs="+", type=int)
+    commands.choices["choose"].add_argument("--rates", nargs="+", type=float, default=RATES)
     asked = parser.parse_args()
     asked.work(asked)
 

@@ -17,6 +17,7 @@ from hfcompress.evaluation.metrics import answered
 from hfcompress.evaluation.report import Report
 from hfcompress.evaluation.resampling import drawn_changes, drawn_means, interval
 from hfcompress.tasks import get_task
+from scripts.studies import distillation_smollm2 as half_depth
 from scripts.studies.distillation import (
     ALONE,
     ARMS,
@@ -28,6 +29,7 @@ from scripts.studies.distillation import (
     points_for_choices,
     points_for_validation,
 )
+from scripts.studies.language_model import chosen_rate
 from scripts.studies.material import ROOT, TASKS, read_rows, table, teacher_folder
 
 PAGE = ROOT / "docs" / "distillation.md"
@@ -121,6 +123,19 @@ def choices(study: Study) -> str:
     return table(["arm", *DECISIVE], lines)
 
 
+def language_model(rows: Sequence[Row]) -> str:
+    """Returns the table of the language model's students, each at the rate that was chosen for it."""
+    lines = []
+    for arm in half_depth.ARMS:
+        mine = [row for row in rows if row["arm"] == arm]
+        found = [row for row in mine if row["rate"] == chosen_rate(mine)] if mine else []
+        for row in found[:1]:
+            figures = [each["perplexity"] for each in found]
+            cells = [f"{row['seconds'] / 60:.0f}", f"{row['steps']}", f"{row['rate']:g}", f"{len(found)}"]
+            lines.append([arm, *cells, " ".join(f"{figure:.2f}" for figure in figures)])
+    return table(["arm", "minutes", "steps", "learning rate", "seeds", "perplexity"], lines)
+
+
 def draw(study: Study, file: Path) -> None:
     """Draws every seed's figure of both arms, and the teacher's."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -153,11 +168,23 @@ def main() -> None:
     parts += [f"\nEpochs of the student that the teacher's speaking is worth: {speaks}.\n"]
     parts += [f"\n![Alone and taught, seed by seed]({PICTURE.name})\n"]
     parts += ["\n## What each loss is worth\n\n", _LOSSES.format(epochs=epochs), choices(study)]
+    if rows := read_rows(half_depth.RESULTS):
+        parts += [_HALF_DEPTH, language_model(rows)]
     PAGE.write_text("".join(parts), encoding="utf-8")
 
 
 _LOSSES = """On the tenth of train that is for choices, one seed, all for the same number of epochs ({epochs}); figures
 at the learning rates 1e-4 / 2e-4. A point is 3.7 rows of MRPC: differences of a point are chance there.
+
+"""
+
+_HALF_DEPTH = """
+## A language model with half its layers
+
+Made by `scripts/studies/distillation_smollm2.py`: SmolLM2 (134.5M parameters, unpacked from 4 bits) without every
+second of its 30 layers, trained on three quarters of wikitext-2's `wiki.valid.tokens`, in which nothing reads or
+predicts an `<unk>`. One thread has the same time for each arm, the whole model's speaking is part of it, and the
+learning rate is chosen on the last quarter. Perplexity is that of the first 24 blocks of 512 tokens of `wiki.test.raw`.
 
 """
 

@@ -1,13 +1,12 @@
 """A language model with half its layers, trained alone and taught by the whole model for the same time: perplexity.
 
-    python -m scripts.studies.distillation_smollm2 run MODEL WIKITEXT                  # each arm and seed 15 minutes
-    python -m scripts.studies.distillation_smollm2 run MODEL WIKITEXT --part choices --rates 1e-4 3e-4 1e-3
+    python -m scripts.studies.distillation_smollm2 run MODEL WIKITEXT   # each arm, rate and seed 15 minutes
     python -m scripts.studies.distillation_smollm2 summary
 
 MODEL, WIKITEXT, the text trained on and perplexity are those of `scripts.studies.language_model`. Every second layer
 goes, and both students begin from what is left. Time is that of the one thread that trains, and what the teacher takes
-to speak is part of it. Learning rates are chosen for each arm on a part of the text; points that are there are not
-measured again.
+to speak is part of it. Each arm has the learning rate that serves it best on the part for choices with the first seed;
+points that are there are not measured again.
 """
 
 from __future__ import annotations
@@ -25,7 +24,16 @@ from transformers.utils import logging
 from hfcompress import DistillationConfig, LayerDroppingConfig, compress
 from hfcompress.methods.trainer import CompressionTrainer
 from hfcompress.modeling.anatomy import attention_blocks
-from scripts.studies.language_model import BATCH, TEST_BLOCKS, WARM_UP, Material, Text, pending, perplexity, rows_of
+from scripts.studies.language_model import (
+    BATCH,
+    TEST_BLOCKS,
+    WARM_UP,
+    Material,
+    chosen_rate,
+    pending,
+    perplexity,
+    rows_of,
+)
 from scripts.studies.material import add_row, read_rows, results_file
 
 RESULTS = results_file("distillation_smollm2.jsonl")
@@ -36,8 +44,7 @@ ARMS: dict[str, DistillationConfig | None] = {
     "outputs": DistillationConfig(soft=1.0, hard=1.0, **TAUGHT),
     "outputs alone": DistillationConfig(soft=1.0, hard=0.0, **TAUGHT),
 }
-# To be chosen by `--part choices --rates ...`: nothing has chosen these yet.
-RATES = {"alone": 3e-4, "outputs": 3e-4, "outputs alone": 3e-4}
+RATES = (3e-4, 1e-3)
 SECONDS = 900.0
 MOST_STEPS = 100_000  # more than there is time for
 
@@ -98,27 +105,30 @@ def run(asked: argparse.Namespace) -> None:
     """Trains and measures every student that is not there yet."""
     torch.set_num_threads(1)
     material = Material(asked.model, asked.wikitext)
-    text: Text = material.choices if asked.part == "choices" else material.test
-    text = rows_of(text, slice(asked.blocks or None))
+    text = rows_of(material.test, slice(asked.blocks or None))
     for seed in asked.seeds:
         for arm in asked.arms:
-            for rate in asked.rates or [RATES[arm]]:
-                point = {"part": asked.part, "test_blocks": len(text["labels"]), "arm": arm, "rate": rate}
+            known = [row for row in read_rows(RESULTS) if row["arm"] == arm and row["seconds"] == asked.seconds]
+            for rate in [chosen_rate(known)] if seed else asked.rates:
+                point = {"test_blocks": len(text["labels"]), "arm": arm, "rate": rate}
                 point |= {"seconds": asked.seconds, "seed": seed}
-                if not pending(read_rows(RESULTS), point):
+                if not pending(known, point):
                     continue
                 with tempfile.TemporaryDirectory() as folder:
                     model, steps = train(material, arm, rate, seed, asked.seconds, Path(folder))
-                row = point | {"steps": steps, "perplexity": perplexity(model.to(torch.bfloat16), text)}
-                add_row(RESULTS, row)
+                model = model.to(torch.bfloat16)
+                row = point | {"steps": steps, "perplexity": perplexity(model, text)}
+                add_row(RESULTS, row | {"choices": perplexity(model, material.choices)})
 
 
 def summary(asked: argparse.Namespace) -> None:
-    """Prints every arm's perplexity, seed by seed."""
-    rows = [row for row in read_rows(RESULTS) if row["part"] == asked.part]
-    for arm, rate in dict.fromkeys((row["arm"], row["rate"]) for row in rows):
-        found = [row["perplexity"] for row in rows if (row["arm"], row["rate"]) == (arm, rate)]
-        print(f"{arm:30} {rate:.0e}", " ".join(f"{each:.2f}" for each in found))
+    """Prints every arm's perplexity, seed by seed, at the rate that was chosen for it."""
+    rows = read_rows(RESULTS)
+    for arm, seconds in dict.fromkeys((row["arm"], row["seconds"]) for row in rows):
+        mine = [row for row in rows if (row["arm"], row["seconds"]) == (arm, seconds)]
+        found = [row for row in mine if row["rate"] == chosen_rate(mine)]
+        figures = " ".join(f"{row['perplexity']:.2f}" for row in found)
+        print(f"{arm:20} {seconds:4.0f} s, {found[0]['steps']} steps at {found[0]['rate']:.0e}: {figures}")
 
 
 def main() -> None:
@@ -129,12 +139,11 @@ def main() -> None:
     for work in (run, summary):
         command = commands.add_parser(work.__name__, help=work.__doc__)
         command.set_defaults(work=work)
-        command.add_argument("--part", choices=("test", "choices"), default="test")
     command = commands.choices["run"]
     command.add_argument("model", type=Path)
     command.add_argument("wikitext", type=Path)
     command.add_argument("--arms", nargs="+", choices=tuple(ARMS), default=tuple(ARMS))
-    command.add_argument("--rates", nargs="+", type=float, help="instead of the one that was chosen for each arm")
+    command.add_argument("--rates", nargs="+", type=float, default=RATES)
     command.add_argument("--seeds", nargs="+", type=int, default=[0])
     command.add_argument("--seconds", type=float, default=SECONDS)
     command.add_argument("--blocks", type=int, default=TEST_BLOCKS, help="of the test file; 0 for all of it")
