@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 import torch
 
+from scripts.studies import distillation
+from scripts.studies.distillation_page import Study
 from scripts.studies.language_model import blocks_of, pending, recovered
 from scripts.studies.low_rank import ARMS, config_of
 
@@ -68,3 +70,39 @@ def test_every_arm_removes_the_share_that_it_is_asked_for(arm: str) -> None:
     config = config_of(arm, 0.3)
     assert (config.keep or config.budget) == 0.7
     assert config.weighs_outputs_with(config.method_with(True)) == arm.startswith("curvature")
+
+
+def taught(arm: str, rate: float, accuracy: float, seconds: float, filled: bool = False) -> dict[str, Any]:
+    point = next(each for each in distillation.points_for_choices("mrpc", arm) if each["rate"] == rate)
+    return point | {"seconds": seconds, "filled": filled, "metrics": {"accuracy": accuracy, "f1": 0.0}}
+
+
+CHOSEN = [
+    taught("alone", 1e-4, 0.8, 90.0),
+    taught("alone", 2e-4, 0.7, 80.0),
+    taught("outputs", 1e-4, 0.7, 150.0, filled=True),
+    taught("outputs", 2e-4, 0.9, 100.0),
+]
+
+
+def test_a_student_alone_trains_for_as_long_as_its_teacher_speaks() -> None:
+    alone, pupil = (distillation.points_for_validation(CHOSEN, "mrpc", arm, 1) for arm in distillation.MAIN)
+    epochs = distillation.EPOCHS["mrpc"]
+    assert (alone["rate"], alone["epochs"]) == (1e-4, 1.5 * epochs)
+    assert (pupil["rate"], pupil["epochs"]) == (2e-4, epochs)
+
+
+def test_gains_are_those_of_the_same_seed_in_points() -> None:
+    def row(arm: str, seed: int, predictions: list[int]) -> dict[str, Any]:
+        point = distillation.points_for_validation(CHOSEN, "mrpc", arm, seed)
+        right = sum(prediction == 1 for prediction in predictions) / len(predictions)
+        answers = {"predictions": predictions, "references": [1] * 4, "confidences": [1.0] * 4}
+        return point | {"metrics": {"accuracy": right, "f1": 0.0}, "answers": answers}
+
+    rows = [row("outputs", 2, [1, 1, 1, 1]), row("alone", 2, [1, 1, 0, 0]), row("outputs", 1, [1, 1, 1, 1])]
+    rows += [row("alone", 1, [1, 1, 1, 0]), row("alone", 3, [0, 0, 0, 0])]
+    study = Study([*CHOSEN, *rows])
+    assert [before["seed"] for before, _ in study.pairs("mrpc", "outputs")] == [1, 2]
+    gained = study.gained("mrpc", "outputs")
+    assert gained[0] == pytest.approx(37.5)
+    assert 0 <= gained[1:].min() < gained[1:].max() <= 100

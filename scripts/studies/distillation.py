@@ -20,6 +20,7 @@ import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
+from statistics import mean
 from typing import Any
 
 import torch
@@ -115,10 +116,10 @@ def chosen_rate(rows: list[dict[str, Any]], task: str, arm: str) -> float:
 def epochs_of_teacher(rows: list[dict[str, Any]], task: str) -> float:
     """Returns for how many epochs a student could have trained while the teacher spoke once about each row.
 
-    That is by how much the run that filled the cache took longer than another.
+    That is by how much a run that filled the cache took longer than one that did not.
     """
     runs = [row for point in points_for_choices(task, TAUGHT) for row in rows if row | point == row]
-    filling, other = (next(row["seconds"] for row in runs if row["filled"] is state) for state in (True, False))
+    filling, other = (mean(row["seconds"] for row in runs if row["filled"] is state) for state in (True, False))
     return EPOCHS[task] * (filling - other) / other
 
 
