@@ -14,11 +14,12 @@ import torch
 from pydantic import Field
 from torch import nn
 from torch.nn import functional
+from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from hfcompress.configuration import Config
 from hfcompress.errors import CompressionError
-from hfcompress.methods.calibration import evaluating, run_batches
+from hfcompress.methods.calibration import evaluating
 from hfcompress.methods.registry import Batch, Context, Method, register
 from hfcompress.methods.statistics import each_batch, real_rows
 from hfcompress.modeling.anatomy import architecture_of, attention_blocks, base_model, feed_forward_blocks
@@ -91,23 +92,31 @@ class _Skipping:
         batches: Model inputs.
         candidates: The numbers of what may be skipped.
         skip: Makes the model do without one of them, until the handle that it returns is removed.
+        tried: Is called after each that was skipped with a batch.
     """
 
     def __init__(
-        self, model: PreTrainedModel, batches: Sequence[Batch], candidates: Sequence[int], skip: Callable[[int], Any]
+        self,
+        model: PreTrainedModel,
+        batches: Sequence[Batch],
+        candidates: Sequence[int],
+        skip: Callable[[int], Any],
+        tried: Callable[[], Any],
     ) -> None:
-        self.model, self.batches, self.candidates, self.skip = model, batches, candidates, skip
+        self.model, self.batches, self.candidates, self.skip, self.tried = model, batches, candidates, skip, tried
         self.labelled = bool(batches) and all("labels" in batch for batch in batches)
         self.found: list[dict[int, float]] = []
 
     def __call__(self, gone: tuple[int, ...]) -> dict[int, float]:
         totals = {number: torch.zeros(()) for number in self.candidates if number not in gone}
         with torch.no_grad(), evaluating(self.model):
-            for batch in self.batches:
+            for each in self.batches:
+                batch = {name: value.to(self.model.device) for name, value in each.items()}
                 wanted = None if self.labelled else self._run(batch, ())
                 for number, total in totals.items():
                     outputs = self._run(batch, (*gone, number))
                     total += outputs["loss"].float().cpu() if self.labelled else _divergence(outputs, wanted)
+                    self.tried()
         costs = {number: total.item() / len(self.batches) for number, total in totals.items()}
         if not torch.tensor(list(costs.values())).isfinite().all():
             raise CompressionError("the cost of skipping layers is not finite", hint="Check weights and data for NaN.")
@@ -118,8 +127,7 @@ class _Skipping:
         with ExitStack() as stack:
             for number in skipped:
                 stack.callback(self.skip(number).remove)
-            (outputs,) = run_batches(self.model, [batch], description="skipping")
-            return outputs
+            return self.model(**batch)
 
 
 def layer_dropping(model: PreTrainedModel, config: LayerDroppingConfig, context: Context) -> dict[str, Any]:
@@ -188,8 +196,10 @@ def _choose(
         raise CompressionError(
             f"{config.drop} layers cannot be dropped: the first must stay; reachable: up to {len(candidates)}"
         )
-    cost = _Skipping(model, context.calibration, candidates, skip)
-    kept = least_important(count, config.drop, cost)
+    trials = len(context.calibration) * sum(len(candidates) - gone for gone in range(config.drop))
+    with tqdm(total=trials, desc="skipping", leave=False) as bar:
+        cost = _Skipping(model, context.calibration, candidates, skip, bar.update)
+        kept = least_important(count, config.drop, cost)
     return kept, findings | {"measure": "loss" if cost.labelled else "divergence", "costs": cost.found}
 
 

@@ -36,8 +36,8 @@ from scripts.studies.material import TASKS, add_row, glue_folder, read_rows, res
 
 RESULTS = results_file("distillation.jsonl")
 STUDENT, TEACHER = "minilm-l6", "mpnet-base"
-RATES = (5e-5, 1e-4, 2e-4)
-EPOCHS = {"mrpc": 3, "stsb": 3, "sst2": 2, "rte": 5}
+RATES = (3e-5, 5e-5, 1e-4)
+EPOCHS = {"mrpc": 8, "stsb": 6, "sst2": 3, "rte": 8}
 SEEDS = {"mrpc": 10, "stsb": 10, "sst2": 5, "rte": 10}
 
 _OUTPUTS: dict[str, Any] = {"soft": 1.0, "hard": 0.5, "temperature": 2.0, "cache": True}
