@@ -79,9 +79,9 @@ def taught(arm: str, rate: float, accuracy: float, seconds: float, filled: bool 
 
 CHOSEN = [
     taught("alone", 1e-4, 0.8, 90.0),
-    taught("alone", 2e-4, 0.7, 80.0),
+    taught("alone", 5e-5, 0.7, 80.0),
     taught("outputs", 1e-4, 0.7, 150.0, filled=True),
-    taught("outputs", 2e-4, 0.9, 100.0),
+    taught("outputs", 5e-5, 0.9, 100.0),
 ]
 
 
@@ -89,7 +89,7 @@ def test_a_student_alone_trains_for_as_long_as_its_teacher_speaks() -> None:
     alone, pupil = (distillation.points_for_validation(CHOSEN, "mrpc", arm, 1) for arm in distillation.MAIN)
     epochs = distillation.EPOCHS["mrpc"]
     assert (alone["rate"], alone["epochs"]) == (1e-4, 1.5 * epochs)
-    assert (pupil["rate"], pupil["epochs"]) == (2e-4, epochs)
+    assert (pupil["rate"], pupil["epochs"]) == (5e-5, epochs)
 
 
 def test_gains_are_those_of_the_same_seed_in_points() -> None:
