@@ -38,8 +38,8 @@ from scripts.studies.language_model import (
 from scripts.studies.material import add_row, read_rows, results_file, study_root
 
 RESULTS = results_file("distillation_smollm2.jsonl")
-TOP_K = 64
-TAUGHT: dict[str, Any] = {"temperature": 1.0, "cache": True, "cache_top_k": TOP_K}
+# There is time for one epoch or less: a cache would have the teacher speak about blocks that nobody reads.
+TAUGHT: dict[str, Any] = {"temperature": 1.0, "cache": False}
 ARMS: dict[str, DistillationConfig | None] = {
     "alone": None,
     "outputs": DistillationConfig(soft=1.0, hard=1.0, **TAUGHT),
@@ -98,7 +98,6 @@ def train(material: Material, arm: str, rate: float, seed: int, seconds: float, 
         ),
         teacher=material.load() if config else None,
         distillation=config,
-        cache_dir=folder / "cache",
         train_dataset=[rows_of(material.training, row) for row in range(len(material.training["labels"]))],
         data_collator=default_data_collator,
         optimizers=(optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, clock.rate_at)),
