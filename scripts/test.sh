@@ -4,6 +4,8 @@ source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
 # Several processes with a spinning OpenMP pool each make one another slow.
 export OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE TOKENIZERS_PARALLELISM=false
+# Tests compare bits. On some processors (AMD's) MKL's products depend on where a matrix lies in memory, unless told.
+export MKL_CBWR=AUTO
 # pyright would ask a registry whether a newer release is there.
 export PYRIGHT_PYTHON_IGNORE_WARNINGS=1
 
