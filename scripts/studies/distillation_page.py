@@ -22,6 +22,7 @@ from scripts.studies.distillation import (
     ALONE,
     ARMS,
     EPOCHS,
+    RATES,
     RESULTS,
     TAUGHT,
     TEACHER,
@@ -80,10 +81,15 @@ class Study:
     def gained(self, task: str, arm: str) -> np.ndarray:
         """Returns the mean change against the student alone in points: as measured, then of each draw."""
         metric, pairs = get_task(task).metrics[0], self.pairs(task, arm)
-        answers = [tuple(answered(metric, Answers(**row["answers"])) for row in pair) for pair in pairs]
+        answers = [(answers_of(metric, before), answers_of(metric, after)) for before, after in pairs]
         changes = drawn_changes(metric, pairs[0][0]["answers"]["references"], answers, seed=TASKS.index(task))
         measured = mean(after["metrics"][metric] - before["metrics"][metric] for before, after in pairs)
         return 100 * np.concatenate([[measured], drawn_means(changes, seed=10 + TASKS.index(task))])
+
+
+def answers_of(metric: str, row: Row) -> Sequence[Any]:
+    """Returns what a metric is of, as a run answered it."""
+    return answered(metric, Answers(**row["answers"]))
 
 
 def said(values: np.ndarray) -> str:
@@ -92,17 +98,22 @@ def said(values: np.ndarray) -> str:
     return f"{values[0]:+.2f} [{low:+.2f}, {high:+.2f}]"
 
 
+def teacher(task: str) -> float:
+    """Returns what a teacher's own report says of it, in points."""
+    report = Report.from_json((teacher_folder(TEACHER, task) / "report.json").read_text())
+    return 100 * report.rows[-1].metrics[report.metric]
+
+
 def results(study: Study) -> str:
     """Returns the table of what was read on validation."""
     lines, gains = [], {}
     for task in study.tasks(TAUGHT):
         metric, pairs = get_task(task).metrics[0], study.pairs(task, TAUGHT)
-        teacher = Report.from_json((teacher_folder(TEACHER, task) / "report.json").read_text()).rows[-1].metrics
         alone, taught = ([row["metrics"][metric] for row in side] for side in zip(*pairs, strict=True))
         gains[task] = study.gained(task, TAUGHT)
         first = pairs[0]
         lines.append(
-            [task, metric, f"{len(pairs)}", f"{100 * teacher[metric]:.1f}"]
+            [task, metric, f"{len(pairs)}", f"{teacher(task):.1f}"]
             + [f"{100 * mean(each):.2f}" for each in (alone, taught)]
             + [said(gains[task]), *(f"{row['epochs']} at {row['rate']:g}" for row in first)]
         )
@@ -118,10 +129,12 @@ def choices(study: Study) -> str:
     for arm in ARMS:
         cells = []
         for task in DECISIVE:
-            points = points_for_choices(task, arm)
-            found = [row["metrics"][get_task(task).metrics[0]] for p in points for row in study.rows if row | p == row]
-            cells.append(" / ".join(f"{100 * value:.1f}" for value in found))
-        if any(cells):
+            metric, cell = get_task(task).metrics[0], []
+            for point in points_for_choices(task, arm):
+                found = [row["metrics"][metric] for row in study.rows if row | point == row]
+                cell.append(f"{100 * found[0]:.1f}" if found else "-")
+            cells.append(" / ".join(cell))
+        if any(set(cell) - set("- /") for cell in cells):
             lines.append([arm, *cells])
     return table(["arm", *DECISIVE], lines)
 
@@ -153,8 +166,7 @@ def draw(study: Study, file: Path) -> None:
             values = [100 * row["metrics"][metric] for row in side]
             axes.plot([place] * len(values), values, "o", color=("#8c8c8c", "#4c72b0")[place], alpha=0.6)
             axes.hlines(mean(values), place - 0.25, place + 0.25, color="#222222")
-        teacher = Report.from_json((teacher_folder(TEACHER, task) / "report.json").read_text()).rows[-1].metrics
-        axes.axhline(100 * teacher[metric], color="#c44e52", linewidth=1, linestyle="--")
+        axes.axhline(teacher(task), color="#c44e52", linewidth=1, linestyle="--")
         axes.set(xlim=(-0.6, 1.6), title=f"{task}: {metric}")
         axes.set_xticks([0, 1], ["alone", "taught"])
     figure.suptitle("MiniLM-L6, each dot a seed, the lines their means; dashed: MPNet-base, the teacher", fontsize=9)
@@ -171,7 +183,9 @@ def main() -> None:
         parts += [_STUDENTS, results(study)]
         parts += [f"\nEpochs of the student that the teacher's speaking is worth: {speaks}.\n"]
         parts += [f"\n![Alone and taught, seed by seed]({PICTURE.name})\n"]
-        parts += [_LOSSES.format(epochs=", ".join(f"{task} {EPOCHS[task]}" for task in tasks)), choices(study)]
+        epochs = ", ".join(f"{task} {EPOCHS[task]}" for task in tasks)
+        rates = " / ".join(f"{rate:g}" for rate in RATES)
+        parts += [_LOSSES.format(epochs=epochs, rates=rates), choices(study)]
     if rows := read_rows(half_depth.RESULTS):
         parts += [_HALF_DEPTH, language_model(rows)]
     PAGE.write_text("".join(parts), encoding="utf-8")
@@ -181,7 +195,7 @@ _LOSSES = """
 ### What each loss is worth
 
 On the tenth of train that is for choices, one seed, all for the same number of epochs ({epochs}); figures
-at the learning rates 3e-5 / 5e-5 / 1e-4. A point is 3.7 rows of MRPC: differences of a point are chance there.
+at the learning rates {rates}. A point is 3.7 rows of MRPC: differences of a point are chance there.
 
 """
 
