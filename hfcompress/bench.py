@@ -200,6 +200,8 @@ class Bench:
         del learned_from, context  # with a cache the teacher is dropped as soon as it has spoken
         rows = self.material.labelled(model, cut.rows[self.material.training_split])
         if taught and UNLABELLED in cut.rows:
+            if not all(part.label_weight for part in parts):
+                rows = rows.remove_columns("labels")  # that of a regression has no value that says none
             rows = transfer_set(rows, cut.rows[UNLABELLED])
         arguments = training_arguments(step.training, folder, seed=self.seed, examples=len(rows), quiet=self.quiet)
         if self.kind.reads != "text":

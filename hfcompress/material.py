@@ -15,9 +15,10 @@ from hfcompress.evaluation.robustness import KINDS
 from hfcompress.methods.registry import Batch
 from hfcompress.modeling.integrity import require_undamaged
 from hfcompress.recipe import Recipe
-from hfcompress.recipe.schema import is_local
+from hfcompress.recipe.schema import Step, is_local
 from hfcompress.run_folder import fingerprint, key_of, rows_digest
 from hfcompress.tasks import Task, align_labels, fetch_model, is_demo_model, kind_of, load_data, preprocess
+from hfcompress.tasks.augmentation import augmented
 from hfcompress.tasks.data import read_splits
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 # Beside the splits of the task: what only a teacher has an answer to.
 UNLABELLED = "unlabelled"
+_TAUGHT_WITHOUT_LABELS = ("classification", "regression")
 
 
 @dataclass(frozen=True)
@@ -64,8 +66,8 @@ class Material:
         self.teacher = find_model(recipe.teacher, progress=progress) if recipe.teacher else None
         self.more_teachers = [find_model(each, progress=progress) for each in recipe.more_teachers]
         self.data: DatasetDict = load_data(self.task, recipe.data_folder, progress=progress)
-        if recipe.unlabelled is not None:
-            self.data[UNLABELLED] = self._unlabelled(recipe.unlabelled)
+        if (further := self._unlabelled()) is not None:
+            self.data[UNLABELLED] = further
         self._cuts: dict[str, Cut] = {}
         self.groups = self._groups()
         teachers = [("teacher", recipe.teacher, self.teacher)] if self.teacher else []
@@ -116,19 +118,41 @@ class Material:
             self._cuts[key] = Cut(tokenizer, rows)
         return self._cuts[key]
 
-    def _unlabelled(self, folder: str) -> Dataset:
-        """Reads rows without labels; where the kind wants the column it is there, and nobody reads it."""
-        if self.kind.name != "classification" or not self.task.label:
-            raise DataError("unlabelled: is for tasks in which each text has a class", hint="Leave `unlabelled` out.")
+    def _unlabelled(self) -> Dataset | None:
+        """Returns rows that only teachers have an answer to, given and made, or None where none are asked for."""
+        given, made = self.recipe.unlabelled, self.recipe.augmentation
+        train, label = self.data[self.training_split], self.task.label
+        if given is None and made is None:
+            return None
+        field = "augmentation" if given is None else "unlabelled"
+        if self.kind.name not in _TAUGHT_WITHOUT_LABELS or not label:
+            kinds = " or ".join(_TAUGHT_WITHOUT_LABELS)
+            raise DataError(
+                f"{field}: is for tasks of kind {kinds}, not {self.kind.name}", hint=f"Leave `{field}` out."
+            )
+        if self.kind.name == "regression" and any(_learns_labels(step) for step in self.recipe.steps):
+            raise DataError(
+                f"{field}: rows without a number cannot be learnt beside rows with one",
+                hint="Set hard: 0 in `distillation`, to learn from the teacher alone.",
+            )
+        parts = [] if given is None else [self._texts_of(given)]
+        parts += [] if made is None else [augmented(train, self.task.columns, made)]
+        from datasets import concatenate_datasets
+
+        # The column is there because the kind wants it; nobody reads it.
+        labels = train.features[label]
+        return concatenate_datasets(
+            [each.add_column(label, [0] * len(each)).cast_column(label, labels) for each in parts]  # type: ignore[call-arg]
+        )
+
+    def _texts_of(self, folder: str) -> Dataset:
         splits = read_splits(self.task, folder, progress=False)
         if self.training_split not in splits:
             raise DataError(f"unlabelled: {folder} has no split '{self.training_split}'")
         rows = splits[self.training_split]
         if missing := [name for name in self.task.columns if name not in rows.column_names]:
             raise DataError(f"unlabelled: the rows of {folder} lack the column '{missing[0]}'")
-        labels = self.data[self.training_split].features[self.task.label]
-        bare: Any = rows.select_columns(list(self.task.columns))
-        return bare.add_column(self.task.label, [0] * len(rows)).cast_column(self.task.label, labels)
+        return rows.select_columns(list(self.task.columns))
 
     def labelled(self, model: PreTrainedModel, rows: Dataset) -> Dataset:
         """Returns rows with the model's own label ids."""
@@ -207,6 +231,13 @@ def find_model(name: str, *, progress: bool) -> Path:
     folder = Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model"]))
     require_undamaged(folder)
     return folder
+
+
+def _learns_labels(step: Step) -> bool:
+    """Tells whether a step that distils learns from labels too."""
+    from hfcompress.methods.distillation import DistillationConfig
+
+    return any(isinstance(config, DistillationConfig) and config.hard > 0 for config in step.methods)
 
 
 def _training_split(task: Task) -> str:

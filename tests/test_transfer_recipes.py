@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pyarrow
 import pyarrow.parquet as parquet
 import pytest
 
 from hfcompress import pipeline
 from hfcompress.errors import DataError, RecipeError
 from hfcompress.recipe import load_recipe
-from tests.workshop import save_data, save_model
+from tests.workshop import save_data, save_model, sentences
 
 RECIPE = """
 name: taught
@@ -63,6 +64,43 @@ def test_what_teaches_changes_what_is_learnt(place: Path, tmp_path: Path) -> Non
     assert whole == learnt("again")
     assert whole != learnt("alone", "more_teachers=[]", "steps.learn.distillation.teacher_weights=[]")
     assert whole != learnt("labelled", "unlabelled=null")
+
+
+def test_texts_are_made_for_the_teacher_to_answer(place: Path, tmp_path: Path) -> None:
+    changes = ["unlabelled=null", "augmentation={share: 0.5}"]
+    report = pipeline.run(load_recipe(place / "taught.yaml", changes), tmp_path / "made", quiet=True)
+    training = report.rows[1].training
+    assert training is not None and training.losses[0].steps[-1] == 3  # of 16 rows each: 32, and 16 made of them
+    assert report.recipe["augmentation"] == {"share": 0.5, "words": 0.3, "combined": 0.5}
+    with pytest.raises(RecipeError, match=r"augmentation\.share.*greater than 0"):
+        load_recipe(place / "taught.yaml", ["augmentation={share: 0}"])
+    with pytest.raises(RecipeError, match="augmentation: no step learns from a teacher"):
+        (tmp_path / "plain.yaml").write_text(
+            RECIPE.format(place=place)
+            .replace("    distillation:", "    # ")
+            .replace("unlabelled:", "augmentation: {} #")
+            .replace("more_teachers:", "# ")
+        )
+        load_recipe(tmp_path / "plain.yaml")
+
+
+def test_numbers_are_learnt_from_the_teacher_alone(tmp_path: Path) -> None:
+    for name, seed in (("student", 0), ("teacher", 1)):
+        save_model(tmp_path / name, seed=seed, num_labels=1)
+    folder = tmp_path / "data" / "stsb"
+    folder.mkdir(parents=True)
+    for split, count, seed in (("train", 32, 1), ("validation", 16, 2)):
+        one, other = ([row["sentence"] for row in sentences(count, seed + further)] for further in (0, 10))
+        columns = {"sentence1": one, "sentence2": other, "label": [0.5 * (row % 10) for row in range(count)]}
+        parquet.write_table(pyarrow.table(columns), folder / f"{split}.parquet")
+    text = RECIPE.format(place=tmp_path).replace("more_teachers:", "# ").replace("unlabelled:", "augmentation: {} #")
+    text = text.replace("task: sst2", "task: stsb").replace(", teacher_weights: [1, 3]", "")
+    (tmp_path / "numbers.yaml").write_text(text)
+    with pytest.raises(DataError, match=r"augmentation: rows without a number.*(?s:.*)hard: 0"):
+        pipeline.run(load_recipe(tmp_path / "numbers.yaml"), tmp_path / "run", quiet=True)
+    recipe = load_recipe(tmp_path / "numbers.yaml", ["steps.learn.distillation.hard=0.0"])
+    training = pipeline.run(recipe, tmp_path / "run", quiet=True).rows[1].training
+    assert training is not None and training.losses[0].steps[-1] == 4
 
 
 def test_what_cannot_teach_is_refused_by_name(place: Path, tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from hfcompress.recipe.schema import (
     unheard_problems,
 )
 from hfcompress.tasks import TaskConfig, get_task, judged_by
+from hfcompress.tasks.augmentation import AugmentationConfig
 
 _MAX_MESSAGE = 400
 AnyConfig = TypeVar("AnyConfig", bound=Config)
@@ -117,6 +118,8 @@ class _Builder:
             # A description that is wrong is complained of in its own place; a name stands in for it.
             described = self._config(TaskConfig, task, ("task",))
             fields["task"] = described or "described"
+        if isinstance(made := fields.get("augmentation"), dict):
+            fields["augmentation"] = self._config(AugmentationConfig, made, ("augmentation",))
         header = self._config(Header, fields, ())
         self._look_up(fields)
         evaluation = self._config(EvaluationConfig, values.get("evaluation"), ("evaluation",))

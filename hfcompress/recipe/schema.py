@@ -14,6 +14,7 @@ from hfcompress.errors import DataError, Problem
 from hfcompress.methods.registry import Method, method_of
 from hfcompress.methods.training import TrainingConfig
 from hfcompress.tasks import Task, TaskConfig, get_task, judged_by
+from hfcompress.tasks.augmentation import AugmentationConfig
 
 _FILE_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,79}")
 _STEP_NAME = re.compile(r"[a-z0-9][a-z0-9_+-]{0,79}")
@@ -159,8 +160,13 @@ class Header(Config):
     data: str | None = Field(default=None, description="a local folder with the task's data")
     unlabelled: str | None = Field(
         default=None,
-        description="a local folder laid out as that of `data`, for tasks with classes: distilling steps learn the "
-        "rows of its training split from the teacher alone; labels are not read and may be missing",
+        description="a local folder laid out as that of `data`: distilling steps learn the rows of its training split "
+        "from the teacher alone; labels are not read and may be missing",
+    )
+    augmentation: AugmentationConfig | None = Field(
+        default=None,
+        description="makes further texts out of the training texts, which distilling steps learn from the teacher "
+        "alone: `share` of as many, with `words` of their words changed, `combined` of them made of two texts",
     )
     seed: int = Field(default=42, ge=0, lt=2**32, description="makes runs repeatable")
     seeds: tuple[Annotated[int, Field(ge=0, lt=2**32)], ...] = Field(
@@ -262,7 +268,7 @@ class Recipe(Header):
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the recipe as plain JSON values, every default written out."""
-        optional = ("seeds", "teacher", "more_teachers", "data", "unlabelled")
+        optional = ("seeds", "teacher", "more_teachers", "data", "unlabelled", "augmentation")
         unsaid = [field for field in optional if not getattr(self, field)]
         values = self.model_dump(mode="json", exclude={"steps", "push", *unsaid})
         if self.push is not None:
@@ -313,7 +319,8 @@ def unheard_problems(header: Header, steps: Sequence[Outline]) -> list[Problem]:
     if any(method.name == "distillation" for step in steps for method in step.methods):
         return []
     message = "no step learns from a teacher; add `distillation` to one, or leave the field out"
-    return [Problem((field,), message) for field in ("more_teachers", "unlabelled") if getattr(header, field)]
+    fields = ("more_teachers", "unlabelled", "augmentation")
+    return [Problem((field,), message) for field in fields if getattr(header, field)]
 
 
 def _mode_problems(step: Outline, path: tuple[str | int, ...]) -> list[Problem]:
