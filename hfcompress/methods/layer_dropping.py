@@ -6,8 +6,9 @@ layers have lost blocks does not.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -79,9 +80,98 @@ def _divergence(outputs: Any, wanted: Any) -> torch.Tensor:
     return total
 
 
-def _skip(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any], output: Any) -> Any:
+class _Layers:
+    """Runs a stack of layers without some of them.
+
+    Layers before the one that is tried give back what they gave before, and those that are skipped are not run.
+
+    Args:
+        layers: The stack.
+    """
+
+    def __init__(self, layers: Sequence[nn.Module]) -> None:
+        self.layers = layers
+        self._given: list[Any] = []
+
+    def see(self, model: PreTrainedModel, batch: Batch, gone: Sequence[int]) -> None:
+        """Runs the model once without the layers that are gone, to see what each gives."""
+        self._given = []
+
+        def keep(module: nn.Module, arguments: Any, output: Any) -> None:
+            self._given.append(output)
+
+        with ExitStack() as stack:
+            for number in gone:
+                stack.callback(self.layers[number].register_forward_hook(_skip, with_kwargs=True).remove)
+            for layer in self.layers:
+                stack.callback(layer.register_forward_hook(keep).remove)
+            model(**batch)
+
+    @contextmanager
+    def without(self, gone: Sequence[int], number: int) -> Iterator[None]:
+        """The model is run on the batch that was seen without one more."""
+        stand_ins: dict[int, Callable[..., Any]] = {each: partial(_passed_on, self._given[each]) for each in gone}
+        stand_ins |= {each: partial(_given, self._given[each]) for each in range(number)}
+        stand_ins[number] = partial(_passed_on, self._given[number])
+        with ExitStack() as stack:
+            for each, forward in stand_ins.items():
+                stack.enter_context(_standing_in(self.layers[each], forward))
+            yield
+
+
+@contextmanager
+def _standing_in(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    before = vars(module).get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        vars(module).pop("forward")
+        if before is not None:
+            module.forward = before
+
+
+def _given(output: Any, *arguments: Any, **keywords: Any) -> Any:
+    return output
+
+
+def _passed_on(output: Any, *arguments: Any, **keywords: Any) -> Any:
+    """Gives what enters a layer, in the form of what the layer gave."""
     hidden = arguments[0] if arguments else keywords["hidden_states"]
     return hidden if isinstance(output, torch.Tensor) else (hidden, *output[1:])
+
+
+def _skip(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any], output: Any) -> Any:
+    return _passed_on(output, *arguments, **keywords)
+
+
+class _Blocks:
+    """Runs a model without some of its blocks, which give a constant instead.
+
+    Args:
+        outputs: Each block's last module.
+        means: What enters it on average, or None.
+    """
+
+    def __init__(self, outputs: Sequence[nn.Module], means: Sequence[torch.Tensor | None]) -> None:
+        self.outputs, self.means = outputs, means
+
+    def see(self, model: PreTrainedModel, batch: Batch, gone: Sequence[int]) -> None:
+        """Nothing has to be seen first."""
+
+    @contextmanager
+    def without(self, gone: Sequence[int], number: int) -> Iterator[None]:
+        """The model is run without one more."""
+        with ExitStack() as stack:
+            for each in (*gone, number):
+                hook = partial(_constant, self.means[each])
+                stack.callback(self.outputs[each].register_forward_pre_hook(hook).remove)
+            yield
+
+
+def _constant(mean: torch.Tensor | None, module: nn.Module, arguments: tuple[torch.Tensor, ...]) -> Any:
+    hidden = arguments[0]
+    return (hidden * 0.0 if mean is None else mean.to(hidden).expand_as(hidden),)
 
 
 class _Skipping:
@@ -91,7 +181,7 @@ class _Skipping:
         model: The model.
         batches: Model inputs.
         candidates: The numbers of what may be skipped.
-        skip: Makes the model do without one of them, until the handle that it returns is removed.
+        parts: Makes the model do without some of them.
         tried: Is called after each that was skipped with a batch.
     """
 
@@ -100,10 +190,10 @@ class _Skipping:
         model: PreTrainedModel,
         batches: Sequence[Batch],
         candidates: Sequence[int],
-        skip: Callable[[int], Any],
+        parts: _Layers | _Blocks,
         tried: Callable[[], Any],
     ) -> None:
-        self.model, self.batches, self.candidates, self.skip, self.tried = model, batches, candidates, skip, tried
+        self.model, self.batches, self.candidates, self.parts, self.tried = model, batches, candidates, parts, tried
         self.labelled = bool(batches) and all("labels" in batch for batch in batches)
         self.found: list[dict[int, float]] = []
 
@@ -112,9 +202,11 @@ class _Skipping:
         with torch.no_grad(), evaluating(self.model):
             for each in self.batches:
                 batch = {name: value.to(self.model.device) for name, value in each.items()}
-                wanted = None if self.labelled else self._run(batch, ())
+                wanted = None if self.labelled else self.model(**batch)
+                self.parts.see(self.model, batch, gone)
                 for number, total in totals.items():
-                    outputs = self._run(batch, (*gone, number))
+                    with self.parts.without(gone, number):
+                        outputs = self.model(**batch)
                     total += outputs["loss"].float().cpu() if self.labelled else _divergence(outputs, wanted)
                     self.tried()
         costs = {number: total.item() / len(self.batches) for number, total in totals.items()}
@@ -122,12 +214,6 @@ class _Skipping:
             raise CompressionError("the cost of skipping layers is not finite", hint="Check weights and data for NaN.")
         self.found.append(costs)
         return costs
-
-    def _run(self, batch: Batch, skipped: Sequence[int]) -> Any:
-        with ExitStack() as stack:
-            for number in skipped:
-                stack.callback(self.skip(number).remove)
-            return self.model(**batch)
 
 
 def layer_dropping(model: PreTrainedModel, config: LayerDroppingConfig, context: Context) -> dict[str, Any]:
@@ -159,13 +245,9 @@ def layer_dropping(model: PreTrainedModel, config: LayerDroppingConfig, context:
     spec = next(each for each in architecture_of(model).stacks if each.layers == stack)
     if config.which == "importance" and spec.shared:
         raise CompressionError(f"{stack}: its layers are one and the same: none is less important")
-    layers: Any = None if spec.shared else base_model(model).get_submodule(stack)
-
-    def skip(number: int) -> Any:
-        return layers[number].register_forward_hook(_skip, with_kwargs=True)
-
+    layers: Any = base_model(model).get_submodule(stack)
     candidates = range(1 if spec.first_stays else 0, depth)
-    kept, findings = _choose(model, config, context, depth, candidates, None if spec.shared else skip)
+    kept, findings = _choose(model, config, context, depth, candidates, None if spec.shared else _Layers(layers))
     drop_layers(model, kept, stack=stack)
     commit(model)
     return {"stack": stack} | findings | {"kept": kept}
@@ -177,14 +259,14 @@ def _choose(
     context: Context,
     count: int,
     candidates: Sequence[int],
-    skip: Callable[[int], Any] | None,
+    parts: _Layers | _Blocks | None,
 ) -> tuple[list[int], dict[str, Any]]:
     """Returns which of `count` stay, ascending, and how that was found out."""
     which = config.which
     if which == "auto":
-        which = "importance" if context.calibration and skip else "last"
+        which = "importance" if context.calibration and parts else "last"
     findings: dict[str, Any] = {"which": which, "of": count}
-    if which != "importance" or skip is None:
+    if which != "importance" or parts is None:
         ranges = {"first": range(config.drop, count), "last": range(count - config.drop)}
         return evenly(count, count - config.drop) if which == "spread" else list(ranges[which]), findings
     if not context.calibration:
@@ -198,7 +280,7 @@ def _choose(
         )
     trials = len(context.calibration) * sum(len(candidates) - gone for gone in range(config.drop))
     with tqdm(total=trials, desc="skipping", leave=False) as bar:
-        cost = _Skipping(model, context.calibration, candidates, skip, bar.update)
+        cost = _Skipping(model, context.calibration, candidates, parts, bar.update)
         kept = least_important(count, config.drop, cost)
     return kept, findings | {"measure": "loss" if cost.labelled else "divergence", "costs": cost.found}
 
@@ -221,15 +303,7 @@ def _drop_blocks(model: PreTrainedModel, stack: str, config: LayerDroppingConfig
     if context.calibration:
         means = _mean_inputs(model, outputs, [block.name for block in blocks], context.calibration)
 
-    def skip(number: int) -> Any:
-        def hook(module: nn.Module, arguments: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor]:
-            constant = means[number]
-            hidden = arguments[0]
-            return (hidden * 0.0 if constant is None else constant.to(hidden).expand_as(hidden),)
-
-        return outputs[number].register_forward_pre_hook(hook)
-
-    kept, findings = _choose(model, config, context, len(blocks), range(len(blocks)), skip)
+    kept, findings = _choose(model, config, context, len(blocks), range(len(blocks)), _Blocks(outputs, means))
     gone = [number for number in range(len(blocks)) if number not in kept]
     for number in gone:
         remove_block(blocks[number], means[number])

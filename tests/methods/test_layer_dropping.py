@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,15 +12,15 @@ from transformers import AutoModelForSequenceClassification
 
 from hfcompress import LayerDroppingConfig, LowRankConfig, QuantizationConfig, StructuredPruningConfig, compress
 from hfcompress.errors import CheckpointError, CompressionError, ConfigError
-from hfcompress.methods.layer_dropping import layer_dropping, least_important
+from hfcompress.methods.layer_dropping import _Layers, _skip, layer_dropping, least_important
 from hfcompress.methods.registry import Context
-from hfcompress.modeling.anatomy import attention_blocks, feed_forward_blocks
+from hfcompress.modeling.anatomy import architecture_of, attention_blocks, base_model, feed_forward_blocks
 from hfcompress.modeling.checkpoint import needs_plugin
 from hfcompress.modeling.densify import stock_twin
 from hfcompress.modeling.depth import evenly
 from hfcompress.modeling.structure import rebuild
 from hfcompress.modeling.surgery import remove_block
-from tests.tiny_models import inputs_for, make, run
+from tests.tiny_models import FAMILIES, inputs_for, make, run
 from tests.workshop import batches, logits, tiny_classifier
 
 
@@ -77,6 +78,32 @@ def test_what_is_measured_is_what_dropping_does() -> None:
     with torch.no_grad():
         loss = sum(model(**batch).loss.item() for batch in data) / len(data)
     assert loss == pytest.approx(min(findings["costs"][-1].values()), rel=1e-4)
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_trials_are_what_skipping_does_and_run_no_layer_before(family: str) -> None:
+    model, inputs = make(family), inputs_for(family)
+    ran: list[int] = []
+    for stack in (each for each in architecture_of(model).stacks if not each.shared):
+        layers: Any = base_model(model).get_submodule(stack.layers)
+        parts = _Layers(layers)
+        for gone, number in ((gone, number) for number in range(stack.first_stays, len(layers)) for gone in ((), (0,))):
+            if number in gone or (gone and stack.first_stays):
+                continue
+            with torch.no_grad():
+                parts.see(model, inputs, gone)
+            inner = [next(layer.children()) for layer in layers]
+            watch = [each.register_forward_pre_hook(lambda *_, at=at: ran.append(at)) for at, each in enumerate(inner)]
+            ran.clear()
+            with parts.without(gone, number):
+                found = run(model, inputs)
+            assert not {at for at in ran if at <= number}
+            hooks = [layers[each].register_forward_hook(_skip, with_kwargs=True) for each in (*gone, number)]
+            wanted = run(model, inputs)
+            assert all(torch.equal(*pair) for pair in zip(found, wanted, strict=True))
+            for handle in (*watch, *hooks):
+                handle.remove()
+        assert not any("forward" in vars(layer) for layer in layers)
 
 
 def test_pruned_and_quantized_models_lose_layers_too(tmp_path: Path) -> None:
