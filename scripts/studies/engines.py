@@ -4,7 +4,7 @@
     bash scripts/environment_export.sh -m scripts.studies.engines make              # exports and compresses
     bash scripts/environment_export.sh -m scripts.studies.engines judge WIKITEXT    # quality
     bash scripts/environment_export.sh -m scripts.studies.engines measure           # time and memory; 40 quiet minutes
-    bash scripts/environment_export.sh -m scripts.studies.engines page              # docs/engines.md and its picture
+    bash scripts/environment_export.sh -m scripts.studies.engines_page              # docs/engines.md and its picture
 
 WIKITEXT is a folder with `wiki.test.raw`, of which a prefix is read once. The classifiers are those of
 `scripts.studies.material`; each is calibrated on its training rows and judged on validation, once.
@@ -263,7 +263,7 @@ def _with_two_threads() -> None:
 
 
 def main() -> None:
-    """Makes, judges, measures or writes."""
+    """Makes, judges or measures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     made = commands.add_parser("make", help="make the forms")
@@ -276,12 +276,7 @@ def main() -> None:
     )
     for each in (made, judged, measured):
         each.add_argument("--cases", nargs="+", choices=CASES, default=CASES)
-    commands.add_parser("page", help="write the page and the picture")
     options = parser.parse_args()
-    if options.command == "page":
-        from scripts.studies.engines_page import write
-
-        return write(Results(RESULTS).rows)
     quick = getattr(options, "quick", False)
     results = Results(RESULTS.with_name("engines-quick.json") if quick else RESULTS)
     cases = [case for case in options.cases if (source_of(case) / "config.json").is_file()]

@@ -1,4 +1,7 @@
-"""The page of `scripts.studies.engines`: tables, what got slower, and a picture, from the results alone."""
+"""The page of `scripts.studies.engines`: tables, what got slower, and a picture, from the results alone.
+
+bash scripts/environment_export.sh -m scripts.studies.engines_page
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from scripts.studies.engine_forms import CASES, FORM, TIMED, Form, forms_of
-from scripts.studies.engines import SHAPES
+from scripts.studies.engines import RESULTS, SHAPES, Results
 from scripts.studies.material import ROOT, table
 
 PAGE = ROOT / "docs" / "engines.md"
@@ -225,3 +228,7 @@ def draw(ratios: Mapping[str, Mapping[str, Mapping[tuple[int, int], Ratio]]], pl
     figure.tight_layout()
     figure.savefig(place, metadata={"Date": None})
     pyplot.close(figure)
+
+
+if __name__ == "__main__":
+    write(Results(RESULTS).rows)

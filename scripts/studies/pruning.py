@@ -1,12 +1,12 @@
 """Pruning without training, at 2.0x fewer encoder FLOPs, on fine-tuned MPNet-base.
 
-    python -m scripts.studies.pruning run                # hours; goes on where it was cut off, waits for teachers
-    python -m scripts.studies.pruning run --part choices # on a part of train, where choices are made
-    python -m scripts.studies.pruning summary            # table of what is there, and docs/pruning.md
+    python -m scripts.studies.pruning                 # hours; goes on where it was cut off, waits for teachers
+    python -m scripts.studies.pruning --part choices  # on a part of train, where choices are made
+    python -m scripts.studies.pruning_page            # table of what is there, and docs/pruning.md
 
 Teachers and data are those of `scripts.studies.material`. Every arm removes the same share of the layers' multiply-adds
 with the same draw of 512 calibration sentences of train; each is measured on validation once. A row of the results
-holds every answer, so that the summary's intervals are paired: over examples, and over draws. The time of an arm is
+holds every answer, so that the page's intervals are paired: over examples, and over draws. The time of an arm is
 that of everything it does, on one thread beside whatever else runs. One forward and backward pass of a draw gives the
 derivatives by weights that `torch-pruning` ranks by and those by units that `ours` does: both are charged for all of
 it, though `ours` alone would need no derivatives by weights. `taylor` takes those of `ours`, and is not charged.
@@ -26,7 +26,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding
 
@@ -39,9 +38,8 @@ from hfcompress.methods.registry import Context
 from hfcompress.methods.structured_pruning import structured_pruning
 from hfcompress.modeling.checkpoint import commit
 from hfcompress.tasks import get_task, load_data, preprocess
-from scripts.studies import pruning_page, torch_pruning_arm
+from scripts.studies import torch_pruning_arm
 from scripts.studies.material import TASKS, glue_folder, results_file, study_root, teacher_folder
-from scripts.studies.pruning_page import interval
 
 RESULTS = results_file("pruning.jsonl")
 SHARE = 0.5
@@ -50,7 +48,6 @@ EXAMPLES = 512
 MAX_LENGTH = 128
 BATCH = 32
 CALIBRATION_BATCH = 16  # what a backward pass holds is most of the memory that is needed
-RESAMPLES = 2000
 
 Batches = list[dict[str, torch.Tensor]]
 
@@ -246,98 +243,9 @@ def teacher_of(options: argparse.Namespace, task: str) -> Path:
     return options.teacher or teacher_folder("mpnet-base", task)
 
 
-# The summary
-
-
-def weighted(metric: str, weights: np.ndarray, predictions: np.ndarray, references: np.ndarray) -> np.ndarray:
-    """Returns a metric of every resample.
-
-    Args:
-        metric: `accuracy` or `pearson`.
-        weights: How often each example was drawn, `(resamples, examples)`.
-        predictions: `(examples,)`.
-        references: `(examples,)`.
-
-    Returns:
-        `(resamples,)`.
-    """
-    weights = weights / weights.sum(1, keepdims=True)
-    if metric == "accuracy":
-        return weights @ (predictions == references)
-    x, y = predictions.astype(float), references.astype(float)
-    mean_x, mean_y = weights @ x, weights @ y
-    covariance = weights @ (x * y) - mean_x * mean_y
-    return covariance / np.sqrt((weights @ x**2 - mean_x**2) * (weights @ y**2 - mean_y**2))
-
-
-class Losses:
-    """What every arm loses against the original, in points, pooled over tasks."""
-
-    def __init__(self, rows: Sequence[Mapping[str, Any]], seed: int = 0) -> None:
-        self.rows = {(row["task"], row["draw"], row["arm"]): row for row in rows}
-        self.tasks = [task for task in TASKS if (task, 0, "original") in self.rows]
-        self.arms = [arm for arm in ARMS if any(key[2] == arm for key in self.rows)]
-        self.draws = {task: list(self._draws(task)) for task in self.tasks}
-        self.tasks = [task for task in self.tasks if self.draws[task]]
-        generator = np.random.default_rng(seed)
-        self._examples, self._drawn = {}, {}
-        for task in self.tasks:
-            count = len(self.rows[task, 0, "original"]["references"])
-            again = generator.multinomial(count, np.full(count, 1 / count), size=RESAMPLES - 1)
-            self._examples[task] = np.concatenate([np.ones((1, count), dtype=int), again])  # the first is as it is
-            draws = len(self.draws[task])
-            taken = generator.multinomial(draws, np.full(draws, 1 / draws), size=RESAMPLES - 1) / draws
-            self._drawn[task] = np.concatenate([np.full((1, draws), 1 / draws), taken])
-
-    def _draws(self, task: str) -> Iterator[int]:
-        """Yields the draws for which every arm is there."""
-        for draw in range(DRAWS):
-            if all(self._row(task, draw, arm) for arm in self.arms):
-                yield draw
-
-    def _row(self, task: str, draw: int, arm: str) -> Mapping[str, Any] | None:
-        return self.rows.get((task, 0 if arm in SAME_IN_EVERY_DRAW else draw, arm))
-
-    def of(self, arm: str, task: str) -> np.ndarray:
-        """Returns points lost on a task: as measured, and of every resample `(RESAMPLES,)`."""
-        original = self.rows[task, 0, "original"]
-        right, weights = np.array(original["references"]), self._examples[task]
-        before = weighted(original["metric"], weights, np.array(original["predictions"]), right)
-        after = [
-            weighted(original["metric"], weights, np.array(row["predictions"]), right)
-            for draw in self.draws[task]
-            if (row := self._row(task, draw, arm))
-        ]
-        return 100 * (before - (np.stack(after, 1) * self._drawn[task]).sum(1))
-
-    def pooled(self, arm: str) -> np.ndarray:
-        """Returns the mean over tasks of the points lost, `(RESAMPLES,)`."""
-        return np.mean([self.of(arm, task) for task in self.tasks], axis=0)
-
-    def seconds(self, arm: str) -> float:
-        """Returns the median time of one pruning."""
-        return float(np.median([row["seconds"] for key, row in self.rows.items() if key[2] == arm]))
-
-
-def summary(options: argparse.Namespace) -> None:
-    """Prints the table, and writes the page where nothing else was asked for."""
-    losses = Losses(read(options.results or RESULTS))
-    counts = ", ".join(f"{task} {len(losses.draws[task])}" for task in losses.tasks)
-    print(f"points lost at {1 / (1 - SHARE):.1f}x fewer encoder FLOPs; draws: {counts}; 95% over draws and examples")
-    print(f"{'':15}{'pooled':>24}{'beyond ours':>24}{'seconds':>9}" + "".join(f"{task:>8}" for task in losses.tasks))
-    ours = losses.pooled("ours")
-    for arm in losses.arms:
-        pooled = losses.pooled(arm)
-        by_task = "".join(f"{losses.of(arm, task)[0]:8.2f}" for task in losses.tasks)
-        print(f"{arm:15}{interval(pooled):>24}{interval(pooled - ours):>24}{losses.seconds(arm):9.0f}{by_task}")
-    if options.results is None:
-        pruning_page.write(losses, EXAMPLES)
-
-
 def main() -> None:
     """Reads the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("run", "summary"))
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS)
     parser.add_argument("--arms", nargs="+", choices=tuple(ARMS), default=tuple(ARMS))
     parser.add_argument("--draws", type=int, default=DRAWS)
@@ -346,7 +254,7 @@ def main() -> None:
     parser.add_argument("--teacher", type=Path, help="another fine-tuned model, for a single task")
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
-    {"run": run, "summary": summary}[options.what](options)
+    run(options)
 
 
 if __name__ == "__main__":

@@ -1,20 +1,23 @@
-"""The page of `scripts.studies.pruning`: a table and a picture, from the results alone."""
+"""The page of `scripts.studies.pruning`: a table and a picture, from the results alone.
+
+python -m scripts.studies.pruning_page
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import argparse
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from scripts.studies.material import ROOT, table
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from scripts.studies.pruning import Losses
+from scripts.studies.material import ROOT, TASKS, table
+from scripts.studies.pruning import ARMS, DRAWS, EXAMPLES, RESULTS, SAME_IN_EVERY_DRAW, SHARE, read
 
 PAGE = ROOT / "docs" / "pruning.md"
 PICTURE = PAGE.with_suffix(".png")
+RESAMPLES = 2000
 TITLES = {
     "ours": "hfcompress: empirical Fisher, rearranged masks, reconstruction",
     "torch-pruning": "Torch-Pruning 1.6.1, group Taylor importance",
@@ -32,6 +35,76 @@ accuracy, of STS-B Pearson's correlation, and lost are points of it. Intervals a
 examples and over the draws of calibration sentences ({draws}).
 
 """
+
+
+def weighted(metric: str, weights: np.ndarray, predictions: np.ndarray, references: np.ndarray) -> np.ndarray:
+    """Returns a metric of every resample.
+
+    Args:
+        metric: `accuracy` or `pearson`.
+        weights: How often each example was drawn, `(resamples, examples)`.
+        predictions: `(examples,)`.
+        references: `(examples,)`.
+
+    Returns:
+        `(resamples,)`.
+    """
+    weights = weights / weights.sum(1, keepdims=True)
+    if metric == "accuracy":
+        return weights @ (predictions == references)
+    x, y = predictions.astype(float), references.astype(float)
+    mean_x, mean_y = weights @ x, weights @ y
+    covariance = weights @ (x * y) - mean_x * mean_y
+    return covariance / np.sqrt((weights @ x**2 - mean_x**2) * (weights @ y**2 - mean_y**2))
+
+
+class Losses:
+    """What every arm loses against the original, in points, pooled over tasks."""
+
+    def __init__(self, rows: Sequence[Mapping[str, Any]], seed: int = 0) -> None:
+        self.rows = {(row["task"], row["draw"], row["arm"]): row for row in rows}
+        self.tasks = [task for task in TASKS if (task, 0, "original") in self.rows]
+        self.arms = [arm for arm in ARMS if any(key[2] == arm for key in self.rows)]
+        self.draws = {task: list(self._draws(task)) for task in self.tasks}
+        self.tasks = [task for task in self.tasks if self.draws[task]]
+        generator = np.random.default_rng(seed)
+        self._examples, self._drawn = {}, {}
+        for task in self.tasks:
+            count = len(self.rows[task, 0, "original"]["references"])
+            again = generator.multinomial(count, np.full(count, 1 / count), size=RESAMPLES - 1)
+            self._examples[task] = np.concatenate([np.ones((1, count), dtype=int), again])  # the first is as it is
+            draws = len(self.draws[task])
+            taken = generator.multinomial(draws, np.full(draws, 1 / draws), size=RESAMPLES - 1) / draws
+            self._drawn[task] = np.concatenate([np.full((1, draws), 1 / draws), taken])
+
+    def _draws(self, task: str) -> Iterator[int]:
+        """Yields the draws for which every arm is there."""
+        for draw in range(DRAWS):
+            if all(self._row(task, draw, arm) for arm in self.arms):
+                yield draw
+
+    def _row(self, task: str, draw: int, arm: str) -> Mapping[str, Any] | None:
+        return self.rows.get((task, 0 if arm in SAME_IN_EVERY_DRAW else draw, arm))
+
+    def of(self, arm: str, task: str) -> np.ndarray:
+        """Returns points lost on a task: as measured, and of every resample `(RESAMPLES,)`."""
+        original = self.rows[task, 0, "original"]
+        right, weights = np.array(original["references"]), self._examples[task]
+        before = weighted(original["metric"], weights, np.array(original["predictions"]), right)
+        after = [
+            weighted(original["metric"], weights, np.array(row["predictions"]), right)
+            for draw in self.draws[task]
+            if (row := self._row(task, draw, arm))
+        ]
+        return 100 * (before - (np.stack(after, 1) * self._drawn[task]).sum(1))
+
+    def pooled(self, arm: str) -> np.ndarray:
+        """Returns the mean over tasks of the points lost, `(RESAMPLES,)`."""
+        return np.mean([self.of(arm, task) for task in self.tasks], axis=0)
+
+    def seconds(self, arm: str) -> float:
+        """Returns the median time of one pruning."""
+        return float(np.median([row["seconds"] for key, row in self.rows.items() if key[2] == arm]))
 
 
 def write(losses: Losses, examples: int) -> None:
@@ -75,3 +148,25 @@ def draw(losses: Losses, file: Path) -> None:
     axes.set_xlabel(f"points lost, mean of {', '.join(losses.tasks)}; the red line is at 1")
     axes.set_title("MPNet-base, half of the encoder's FLOPs removed without training", fontsize=10)
     FigureCanvasAgg(figure).print_figure(file, dpi=120, metadata={"Software": None})
+
+
+def main() -> None:
+    """Prints the table, and writes the page where no other rows were asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, help="another file of rows")
+    results = parser.parse_args().results
+    losses = Losses(read(results or RESULTS))
+    counts = ", ".join(f"{task} {len(losses.draws[task])}" for task in losses.tasks)
+    print(f"points lost at {1 / (1 - SHARE):.1f}x fewer encoder FLOPs; draws: {counts}; 95% over draws and examples")
+    print(f"{'':15}{'pooled':>24}{'beyond ours':>24}{'seconds':>9}" + "".join(f"{task:>8}" for task in losses.tasks))
+    ours = losses.pooled("ours")
+    for arm in losses.arms:
+        pooled = losses.pooled(arm)
+        by_task = "".join(f"{losses.of(arm, task)[0]:8.2f}" for task in losses.tasks)
+        print(f"{arm:15}{interval(pooled):>24}{interval(pooled - ours):>24}{losses.seconds(arm):9.0f}{by_task}")
+    if results is None:
+        write(losses, EXAMPLES)
+
+
+if __name__ == "__main__":
+    main()
