@@ -22,14 +22,14 @@ from scripts.studies import distillation_smollm2 as half_depth
 from scripts.studies.distillation import (
     ALONE,
     ARMS,
-    CHOICE_EPOCHS,
+    EPOCHS,
+    RATE,
     RATES,
     RESULTS,
     SHARE,
     TAUGHT,
     TEACHER,
-    points_for_choices,
-    points_for_validation,
+    point_for_validation,
 )
 from scripts.studies.language_model import chosen_rate
 from scripts.studies.material import ROOT, TASKS, read_rows, table, teacher_folder
@@ -48,11 +48,10 @@ _STUDENTS = """
 Made by `scripts/studies/distillation.py`. MiniLM-L6 (22.7M parameters) is fine-tuned alone, and taught by a fine-tuned
 MPNet-base (109.5M), which has another tokenizer and speaks once about each row. The arm *made texts* also learns texts
 that are made out of the training texts (`augmentation` in a recipe), of which nobody but the teacher says anything.
-Both have the same learning rates to choose from, on a tenth of train with one seed and in equally many short passes,
-and then the same time, that of the teacher counted: minutes are those of one thread's processor for a seed, loading and
-measuring too. SST-2 is a fixed 20,000 rows of its train. Validation is read with every seed, which changes the
-head, the order and dropout. Metrics are accuracy, of STS-B Pearson's correlation, in points. Intervals are 95%, by a
-paired bootstrap over seeds and examples at once.
+Both have the same learning rate, which was chosen on a tenth of train, and the same time, that of the teacher counted:
+minutes are those of one thread's processor for a seed, loading and measuring too. SST-2 is a fixed 20,000 rows of its
+train. Validation is read with every seed, which changes the head, the order and dropout. Metrics are accuracy, of STS-B
+Pearson's correlation, in points. Intervals are 95%, by a paired bootstrap over seeds and examples at once.
 
 """
 
@@ -69,7 +68,7 @@ class Study:
 
     def runs(self, task: str, arm: str) -> dict[int, Row]:
         """Returns the runs of an arm on a task, by their seed."""
-        points = (points_for_validation(self.rows, task, arm, seed) for seed in range(1, 100))
+        points = (point_for_validation(task, arm, seed) for seed in range(1, 100))
         return {row["seed"]: row for point in points for row in self.rows if row | point == row}
 
     def pairs(self, task: str, arm: str) -> list[tuple[Row, Row]]:
@@ -140,30 +139,27 @@ def results(study: Study) -> str:
     return table(head, lines, texts=2)
 
 
-def learnt_at(study: Study, tasks: Sequence[str]) -> str:
-    """Returns a line on how each arm was trained."""
+def passes(tasks: Sequence[str]) -> str:
+    """Returns a line on how long each arm was trained."""
     said = []
     for task in tasks:
-        points = {arm: points_for_validation(study.rows, task, arm, 1) for arm in (ALONE, TAUGHT)}
-        arms = (f"{arm} {point['epochs']} at {point['rate']:g}" for arm, point in points.items())
+        arms = (f"{arm} {EPOCHS[arm][task]}" for arm in (ALONE, TAUGHT))
         said.append(f"{task} {', '.join(arms)} (made texts: {SHARE[task]:.0%} of train's rows)")
-    return f"\nPasses over all rows, and learning rates: {'; '.join(said)}.\n"
+    return f"\nPasses over all rows: {'; '.join(said)}. The learning rate is {RATE:g}.\n"
 
 
 def choices(study: Study) -> str:
     """Returns the table of what was tried on a part of train."""
-    lines = []
-    for arm in ARMS:
-        cells = []
-        for task in DECISIVE:
-            metric, cell = get_task(task).metrics[0], []
-            for point in points_for_choices(task, arm):
-                found = [row["metrics"][metric] for row in study.rows if row | point == row]
-                cell.append(f"{100 * found[0]:.1f}" if found else "-")
-            cells.append(" / ".join(cell))
-        if any(set(cell) - set("- /") for cell in cells):
-            lines.append([arm, *cells])
-    return table(["arm", *DECISIVE], lines)
+    found: dict[tuple[str, str, float], dict[float, str]] = {}
+    for row in (row for row in study.rows if row["part"] == "choices"):
+        figure = f"{100 * row['metrics'][get_task(row['task']).metrics[0]]:.1f}"
+        found.setdefault((row["task"], row["arm"], row["epochs"]), {})[row["rate"]] = figure
+    order = sorted(found, key=lambda key: (TASKS.index(key[0]), list(ARMS).index(key[1]), key[2]))
+    lines = [
+        [task, arm, f"{passes:g}", *(found[task, arm, passes].get(rate, "") for rate in RATES)]
+        for task, arm, passes in order
+    ]
+    return table(["task", "arm", "passes", *(f"at {rate:g}" for rate in RATES)], lines, texts=2)
 
 
 def language_model(rows: Sequence[Row]) -> str:
@@ -206,21 +202,20 @@ def main() -> None:
     parts = [_TITLE]
     if tasks := study.tasks(TAUGHT):
         draw(study, PICTURE)
-        parts += [_STUDENTS, results(study), learnt_at(study, tasks)]
+        parts += [_STUDENTS, results(study), passes(tasks)]
         parts += [f"\n![Alone and taught, seed by seed]({PICTURE.name})\n"]
-        epochs = ", ".join(f"{task} {CHOICE_EPOCHS[task]}" for task in tasks)
-        rates = " / ".join(f"{rate:g}" for rate in RATES)
-        parts += [_LOSSES.format(epochs=epochs, rates=rates), choices(study)]
+        parts += [_LOSSES, choices(study)]
     if rows := read_rows(half_depth.RESULTS):
         parts += [_HALF_DEPTH, language_model(rows)]
     PAGE.write_text("".join(parts), encoding="utf-8")
 
 
 _LOSSES = """
-### What each loss is worth
+### What was tried on a part of train
 
-On the tenth of train that is for choices, one seed, all for the same number of epochs ({epochs}); figures
-at the learning rates {rates}. A point is 3.7 rows of MRPC: differences of a point are chance there.
+On the tenth of train that is for choices, one seed. All arms but *alone* are taught; *outputs* is by the teacher's
+outputs on train and by labels, and the others add to it, or leave out, what they are called by. A point is 3.7 rows of
+MRPC: differences of a point are chance there.
 
 """
 
