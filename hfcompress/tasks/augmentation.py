@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 _NEIGHBOURS = 8
+_POOL = 20_000  # texts among which neighbours are sought, which takes time by their square
 _TRIES = 20  # for each row, before it is given up: small data have few pairs
 _BETWEEN = (",", ".", "and", "but")
 
@@ -108,8 +109,12 @@ class _Maker:
         self.texts = list(dict.fromkeys(text for row in known for text in row))
         self.words = [word for text in self.texts for word in text.split()]
         self.pairs = bool(known) and len(known[0]) == 2
-        self.places = {text: place for place, text in enumerate(self.texts)}
-        self.near = similar(self.texts, _NEIGHBOURS) if self.pairs and config.combined else []
+        self.near: dict[str, list[str]] = {}
+        if self.pairs and config.combined:
+            pool = self.texts if len(self.texts) <= _POOL else generator.sample(self.texts, _POOL)
+            found = similar(pool, _NEIGHBOURS)
+            self.near = {text: [pool[each] for each in near] for text, near in zip(pool, found, strict=True)}
+        self.pool = list(self.near)
 
     def make(self, count: int) -> list[tuple[str, ...]]:
         seen, made = set(self.known), []
@@ -128,7 +133,9 @@ class _Maker:
         combined = self.generator.random() < self.config.combined
         if combined and not self.pairs:
             return (f"{row[0].strip()} {self.generator.choice(_BETWEEN)} {self.generator.choice(self.texts)}",)
-        if combined and (near := self.near[self.places[row[place]]]):
-            return row[place], self.texts[self.generator.choice(near)]
+        if combined:
+            text = row[place] if row[place] in self.near else self.generator.choice(self.pool)
+            if near := self.near[text]:
+                return text, self.generator.choice(near)
         row[place] = with_words_changed(row[place], self.words, self.config.words, self.generator)
         return tuple(row)

@@ -8,6 +8,7 @@ import pytest
 from datasets import Dataset
 
 from hfcompress.errors import ConfigError
+from hfcompress.tasks import augmentation
 from hfcompress.tasks.augmentation import AugmentationConfig, augmented, similar, with_words_changed
 
 TEXTS = [
@@ -58,6 +59,12 @@ def test_combined_pairs_are_of_texts_that_are_there_and_others_keep_one_of_their
     assert all(
         any(row["text"].startswith(a) and row["text"].endswith(b) for a in TEXTS for b in TEXTS) for row in joined
     )
+
+
+def test_of_many_texts_some_are_looked_through(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(augmentation, "_POOL", 3)
+    made = augmented(PAIRS, ("one", "other"), AugmentationConfig(combined=1.0))
+    assert len(made) > 0 and len({text for row in made for text in row.values()}) <= 3
 
 
 def test_data_with_few_pairs_give_fewer_rows() -> None:
