@@ -90,6 +90,8 @@ def test_gains_are_those_of_the_same_seed_in_points() -> None:
 
     rows = [row("outputs", 2, [1, 1, 1, 1]), row("alone", 2, [1, 1, 0, 0]), row("outputs", 1, [1, 1, 1, 1])]
     rows += [row("alone", 1, [1, 1, 1, 0]), row("alone", 3, [0, 0, 0, 0])]
+    half = [row(distillation.HALF, seed, [1, 1, 1, right]) for seed, right in ((1, 0), (2, 0))]
+    assert Study(rows).alone("mrpc") == "alone" and Study([*rows, *half]).alone("mrpc") == distillation.HALF
     study = Study(rows)
     assert [before["seed"] for before, _ in study.pairs("mrpc", "outputs")] == [1, 2]
     gained = study.gained("mrpc", "outputs")

@@ -23,6 +23,7 @@ from scripts.studies.distillation import (
     ALONE,
     ARMS,
     EPOCHS,
+    HALF,
     RATE,
     RATES,
     RESULTS,
@@ -49,9 +50,11 @@ Made by `scripts/studies/distillation.py`. MiniLM-L6 (22.7M parameters) is fine-
 MPNet-base (109.5M), which has another tokenizer and speaks once about each row. The arm *made texts* also learns texts
 that are made out of the training texts (`augmentation` in a recipe), of which nobody but the teacher says anything.
 Both have the same learning rate, which was chosen on a tenth of train, and the same time, that of the teacher counted:
-minutes are those of one thread's processor for a seed, loading and measuring too. SST-2 is a fixed 20,000 rows of its
-train. Validation is read with every seed, which changes the head, the order and dropout. Metrics are accuracy, of STS-B
-Pearson's correlation, in points. Intervals are 95%, by a paired bootstrap over seeds and examples at once.
+minutes are those of one thread's processor for a seed, loading and measuring too. More passes are not always better:
+the student alone has also made half of them, and what is gained is more than the better of the two. SST-2 is a fixed
+20,000 rows of its train. Validation is read with every seed, which changes the head, the order and dropout. Metrics are
+accuracy, of STS-B Pearson's correlation, in points. Intervals are 95%, by a paired bootstrap over seeds and examples at
+once.
 
 """
 
@@ -71,15 +74,21 @@ class Study:
         points = (point_for_validation(task, arm, seed) for seed in range(1, 100))
         return {row["seed"]: row for point in points for row in self.rows if row | point == row}
 
+    def alone(self, task: str) -> str:
+        """Returns the arm of the student alone that is better on average over the seeds that both have."""
+        whole, half = (self.runs(task, arm) for arm in (ALONE, HALF))
+        seeds, metric = whole.keys() & half.keys(), get_task(task).metrics[0]
+        more = mean(half[seed]["metrics"][metric] - whole[seed]["metrics"][metric] for seed in seeds) if seeds else 0.0
+        return HALF if more > 0 else ALONE
+
     def pairs(self, task: str, arm: str) -> list[tuple[Row, Row]]:
         """Returns the runs of the student alone with those of the same seed, in the order of the seeds."""
-        alone, taught = self.runs(task, ALONE), self.runs(task, arm)
+        alone, taught = self.runs(task, self.alone(task)), self.runs(task, arm)
         return [(alone[seed], taught[seed]) for seed in sorted(alone.keys() & taught.keys())]
 
     def tasks(self, arm: str) -> list[str]:
         """Returns the tasks in which an arm has been measured beside the student alone."""
-        known = {row["task"] for row in self.rows if row["part"] == "whole" and row["arm"] == arm}
-        return [task for task in TASKS if task in known and self.pairs(task, arm)]
+        return [task for task in TASKS if self.pairs(task, arm)]
 
     def minutes(self, task: str, arm: str) -> tuple[float, float]:
         """Returns what a seed's run takes of a processor, and what a teacher takes to speak before it."""
@@ -121,21 +130,21 @@ def teacher(task: str) -> float:
 def results(study: Study) -> str:
     """Returns the table of what was read on validation."""
     lines = []
-    for arm in (each for each in ARMS if each != ALONE and study.tasks(each)):
+    for arm in (each for each in EPOCHS if ARMS[each] and study.tasks(each)):
         gains = {}
         for task in study.tasks(arm):
-            metric, pairs = get_task(task).metrics[0], study.pairs(task, arm)
-            alone, taught = ([row["metrics"][metric] for row in side] for side in zip(*pairs, strict=True))
-            gains[task] = study.gained(task, arm)
+            metric, gains[task] = get_task(task).metrics[0], study.gained(task, arm)
+            seeds = [row["seed"] for row, _ in study.pairs(task, arm)]
+            cells = [arm, task, f"{len(seeds)}", f"{teacher(task):.1f}"]
+            for each in (ALONE, HALF, arm):
+                runs = study.runs(task, each)
+                values = [runs[seed]["metrics"][metric] for seed in seeds if seed in runs]
+                cells.append(f"{100 * mean(values):.2f}" if values else "")
             (own, _), (learning, speaking) = study.minutes(task, ALONE), study.minutes(task, arm)
-            lines.append(
-                [arm, task, f"{len(pairs)}", f"{teacher(task):.1f}"]
-                + [f"{100 * mean(each):.2f}" for each in (alone, taught)]
-                + [said(gains[task]), f"{own:.1f}", f"{learning:.1f} + {speaking:.1f}"]
-            )
+            lines.append([*cells, said(gains[task]), f"{own:.1f}", f"{learning:.1f} + {speaking:.1f}"])
         counted = [gains[task] for task in DECISIVE if task in gains]
-        lines.append([arm, f"mean of {len(counted)}", *[""] * 4, said(np.mean(counted, axis=0)), "", ""])
-    head = ["arm", "task", "seeds", "teacher", "alone", "taught", "gained", "minutes alone", "taught + teacher's"]
+        lines.append([arm, f"mean of {len(counted)}", *[""] * 5, said(np.mean(counted, axis=0)), "", ""])
+    head = ["arm", "task", "seeds", "teacher", "alone", "half", "taught", "gained", "minutes alone", "and taught"]
     return table(head, lines, texts=2)
 
 
