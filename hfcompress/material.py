@@ -120,6 +120,8 @@ class Material:
 
     def _unlabelled(self) -> Dataset | None:
         """Returns rows that only teachers have an answer to, given and made, or None where none are asked for."""
+        from datasets import concatenate_datasets
+
         given, made = self.recipe.unlabelled, self.recipe.augmentation
         train, label = self.data[self.training_split], self.task.label
         if given is None and made is None:
@@ -135,14 +137,12 @@ class Material:
                 f"{field}: rows without a number cannot be learnt beside rows with one",
                 hint="Set hard: 0 in `distillation`, to learn from the teacher alone.",
             )
-        parts = [] if given is None else [self._texts_of(given)]
+        parts: list[Any] = [] if given is None else [self._texts_of(given)]
         parts += [] if made is None else [augmented(train, self.task.columns, made)]
-        from datasets import concatenate_datasets
-
         # The column is there because the kind wants it; nobody reads it.
         labels = train.features[label]
         return concatenate_datasets(
-            [each.add_column(label, [0] * len(each)).cast_column(label, labels) for each in parts]  # type: ignore[call-arg]
+            [each.add_column(label, [0] * len(each)).cast_column(label, labels) for each in parts]
         )
 
     def _texts_of(self, folder: str) -> Dataset:
