@@ -192,15 +192,15 @@ def draw(study: Study, file: Path) -> None:
     tasks = study.tasks(TAUGHT)
     figure = Figure(figsize=(2.6 * len(tasks) + 0.6, 3.4), layout="constrained")
     for number, task in enumerate(tasks, start=1):
-        metric, pairs = get_task(task).metrics[0], study.pairs(task, TAUGHT)
-        axes = figure.add_subplot(1, len(tasks), number)
-        for place, side in enumerate(zip(*pairs, strict=True)):
-            values = [100 * row["metrics"][metric] for row in side]
-            axes.plot([place] * len(values), values, "o", color=("#8c8c8c", "#4c72b0")[place], alpha=0.6)
-            axes.hlines(mean(values), place - 0.25, place + 0.25, color="#222222")
+        metric, axes = get_task(task).metrics[0], figure.add_subplot(1, len(tasks), number)
+        for place, arm in enumerate((ALONE, HALF, TAUGHT)):
+            values = [100 * row["metrics"][metric] for row in study.runs(task, arm).values()]
+            axes.plot([place] * len(values), values, "o", color=("#8c8c8c", "#c2c2c2", "#4c72b0")[place], alpha=0.7)
+            if values:
+                axes.hlines(mean(values), place - 0.3, place + 0.3, color="#222222")
         axes.axhline(teacher(task), color="#c44e52", linewidth=1, linestyle="--")
-        axes.set(xlim=(-0.6, 1.6), title=f"{task}: {metric}")
-        axes.set_xticks([0, 1], ["alone", "taught"])
+        axes.set(xlim=(-0.6, 2.6), title=f"{task}: {metric}")
+        axes.set_xticks([0, 1, 2], ["alone", "alone,\nhalf", "taught"])
     figure.suptitle("MiniLM-L6, each dot a seed, the lines their means; dashed: MPNet-base, the teacher", fontsize=9)
     FigureCanvasAgg(figure).print_figure(file, dpi=120, metadata={"Software": None})
 
