@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from hfcompress.methods.vocabulary import VocabularyConfig
     from hfcompress.methods.width_pruning import WidthPruningConfig
     from hfcompress.modeling.adapters import lora_targets
+    from hfcompress.tasks.augmentation import AugmentationConfig, augmented
 
 __version__ = version("hfcompress")
 
@@ -52,9 +53,12 @@ _HOMES = {
     "TrainingConfig": "hfcompress.methods.training",
     "lora_targets": "hfcompress.modeling.adapters",
     "transfer_set": "hfcompress.methods.teaching.transfer",
+    "AugmentationConfig": "hfcompress.tasks.augmentation",
+    "augmented": "hfcompress.tasks.augmentation",
 }
 
 __all__ = [
+    "AugmentationConfig",
     "DistillationConfig",
     "DistillationTrainer",
     "GPTQMethodConfig",
@@ -71,6 +75,7 @@ __all__ = [
     "UnstructuredPruningConfig",
     "VocabularyConfig",
     "WidthPruningConfig",
+    "augmented",
     "compress",
     "lora_targets",
     "transfer_set",
