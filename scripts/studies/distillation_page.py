@@ -27,6 +27,7 @@ from scripts.studies.distillation import (
     RATE,
     RATES,
     RESULTS,
+    SEEDS,
     SHARE,
     TAUGHT,
     TEACHER,
@@ -149,12 +150,13 @@ def results(study: Study) -> str:
 
 
 def passes(tasks: Sequence[str]) -> str:
-    """Returns a line on how long each arm was trained."""
-    said = []
-    for task in tasks:
-        arms = (f"{arm} {EPOCHS[arm][task]}" for arm in (ALONE, TAUGHT))
-        said.append(f"{task} {', '.join(arms)} (made texts: {SHARE[task]:.0%} of train's rows)")
-    return f"\nPasses over all rows: {'; '.join(said)}. The learning rate is {RATE:g}.\n"
+    """Returns how long each arm was trained, and how many seeds the study is for."""
+    lines = [
+        f"- {task}: alone {EPOCHS[ALONE][task]} passes, or {EPOCHS[HALF][task]}; with made texts, {SHARE[task]:.0%} "
+        f"as many as train has, {EPOCHS[TAUGHT][task]} over all; {SEEDS[task]} seeds"
+        for task in tasks
+    ]
+    return f"\nThe study is for, at a learning rate of {RATE:g}:\n\n" + "\n".join(lines) + "\n"
 
 
 def choices(study: Study) -> str:
