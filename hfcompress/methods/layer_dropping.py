@@ -110,9 +110,10 @@ class _Layers:
     @contextmanager
     def without(self, gone: Sequence[int], number: int) -> Iterator[None]:
         """The model is run on the batch that was seen without one more."""
-        stand_ins: dict[int, Callable[..., Any]] = {each: partial(_passed_on, self._given[each]) for each in gone}
-        stand_ins |= {each: partial(_given, self._given[each]) for each in range(number)}
-        stand_ins[number] = partial(_passed_on, self._given[number])
+        stand_ins = {
+            each: partial(_given if each < number else _passed_on, self._given[each])
+            for each in {*range(number + 1), *gone}
+        }
         with ExitStack() as stack:
             for each, forward in stand_ins.items():
                 stack.enter_context(_standing_in(self.layers[each], forward))

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 _NEIGHBOURS = 8
-_POOL = 20_000  # texts among which neighbours are sought, which takes time by their square
+_POOL = 20_000  # texts among which neighbours are sought: each is compared with all, 15 seconds of a core
 _TRIES = 20  # for each row, before it is given up: small data have few pairs
 _BETWEEN = (",", ".", "and", "but")
 

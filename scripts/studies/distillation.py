@@ -11,7 +11,7 @@ of which nobody but the teacher says anything. What the teacher takes to speak c
 more passes, and every row keeps the processor's time, so that the page can say whether they were enough. More passes
 are not always better: the student alone also makes half of them, and the taught one is compared with the better of the
 two. Runs that are there are not done again, and seeds go round by round, so that a cut leaves arms and tasks in
-balance. One pass over a task takes one thread one to two minutes.
+balance. One pass over a task takes one thread one to two and a half minutes.
 """
 
 from __future__ import annotations

@@ -55,7 +55,7 @@ minutes are those of one thread's processor for a seed, loading and measuring to
 the student alone has also made half of them, and what is gained is more than the better of the two. SST-2 is a fixed
 20,000 rows of its train. Validation is read with every seed, which changes the head, the order and dropout. Metrics are
 accuracy, of STS-B Pearson's correlation, in points. Intervals are 95%, by a paired bootstrap over seeds and examples at
-once.
+once. A figure of fewer seeds than its row has their number in brackets.
 
 """
 
@@ -140,7 +140,8 @@ def results(study: Study) -> str:
             for each in (ALONE, HALF, arm):
                 runs = study.runs(task, each)
                 values = [runs[seed]["metrics"][metric] for seed in seeds if seed in runs]
-                cells.append(f"{100 * mean(values):.2f}" if values else "")
+                fewer = f" ({len(values)})" if len(values) < len(seeds) else ""
+                cells.append(f"{100 * mean(values):.2f}{fewer}" if values else "")
             (own, _), (learning, speaking) = study.minutes(task, ALONE), study.minutes(task, arm)
             lines.append([*cells, said(gains[task]), f"{own:.1f}", f"{learning:.1f} + {speaking:.1f}"])
         counted = [gains[task] for task in DECISIVE if task in gains]

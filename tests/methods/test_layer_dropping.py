@@ -87,8 +87,9 @@ def test_trials_are_what_skipping_does_and_run_no_layer_before(family: str) -> N
     for stack in (each for each in architecture_of(model).stacks if not each.shared):
         layers: Any = base_model(model).get_submodule(stack.layers)
         parts = _Layers(layers)
-        for gone, number in ((gone, number) for number in range(stack.first_stays, len(layers)) for gone in ((), (0,))):
-            if number in gone or (gone and stack.first_stays):
+        sets: Any = ((), (0,), (len(layers) - 1,))
+        for gone, number in ((gone, number) for number in range(stack.first_stays, len(layers)) for gone in sets):
+            if number in gone or (0 in gone and stack.first_stays):
                 continue
             with torch.no_grad():
                 parts.see(model, inputs, gone)

@@ -35,7 +35,8 @@ def test_as_many_words_change_as_are_asked_for() -> None:
     words = with_words_changed(text, ["new"], 0.3, random.Random(0)).split()
     assert len(words) / 4000 == pytest.approx(0.85, abs=0.02)
     assert words.count("new") / 4000 == pytest.approx(0.15, abs=0.02)
-    assert with_words_changed("one", ["new"], 0.999999, random.Random(0)) in ("one", "new")
+    # Half of the time the only word would go: then the text stays as it is.
+    assert {with_words_changed("one", ["new"], 0.999999, random.Random(seed)) for seed in range(20)} == {"one", "new"}
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(PAIRS, ("one", "other")), (SINGLE, ("text",))])
