@@ -291,6 +291,19 @@ def test_missing_fields_are_all_named() -> None:
         ("[{quantization: }, {distillation: , training: {epochs: 1}}]", "add `qlora` to the step"),
         ("[{distillation: }]", "steps.distillation: works only in training; add `training:"),
         ("[{low_rank: , training: {epochs: 1}}]", "steps.low_rank: works at once and not in training"),
+        ("[{structured_pruning: {heads: 0.5, importance: l0}}]", "importance 'l0' exists only in training"),
+        (
+            "[{structured_pruning: {heads: 0.5, importance: fisher}, training: {epochs: 1}}]",
+            "importance 'fisher' exists only without training",
+        ),
+        (
+            "[{structured_pruning: {latency: 0.5, importance: l0}, training: {epochs: 1}}]",
+            "'l0' cannot work towards a latency target",
+        ),
+        (
+            "[{unstructured_pruning: {importance: wanda}, training: {epochs: 1}}]",
+            "importance 'wanda' exists only without training",
+        ),
         ("[{low_rank: }, {low_rank: }]", "another step is called 'low_rank'"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TypeVar
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -38,6 +39,7 @@ def compress(
     calibration: Sequence[Batch] = (),
     tokenizer: PreTrainedTokenizerBase | None = None,
     texts: Sequence[str] = (),
+    cache_dir: str | Path | None = None,
 ) -> ModelT:
     """Compresses a model in place by methods that need no training, in the order given.
 
@@ -48,6 +50,8 @@ def compress(
             the loss.
         tokenizer: For methods that change the vocabulary; changed in place, to be saved with the model.
         texts: Texts that such a method must leave as they are cut.
+        cache_dir: Where statistics of calibration data and times measured on this machine are kept, so that the same
+            model can be compressed to another target without them being taken again.
 
     Returns:
         The same model; plain `save_pretrained` writes it.
@@ -69,7 +73,8 @@ def compress(
             raise CompressionError(
                 f"{method.name} cannot follow {earlier[0]}: it needs float weights", hint="Quantize last."
             )
-    context = Context(calibration=calibration, tokenizer=tokenizer, texts=texts)
+    place = Path(cache_dir) if cache_dir else None
+    context = Context(calibration=calibration, tokenizer=tokenizer, texts=texts, cache_dir=place)
     for method, config in zip(chosen, configs, strict=True):
         assert method.apply is not None
         method.apply(model, config, context)

@@ -56,6 +56,7 @@ class Method:
             what `apply` would, or None, having written nothing, where config or checkpoint do not allow it. Takes both
             folders, the config, and whether to show progress.
         part: Makes the method's part of a Trainer, or None where it only works at once.
+        why_not: Says why a config cannot work in training (True) or at once (False), and what would; None where it can.
         needs_float: Whether it must see float weights, so that it cannot follow quantization.
         quantizes: Whether it leaves weights that are no longer float.
         trains_quantized: Whether its step can train a quantized model.
@@ -67,6 +68,7 @@ class Method:
     apply: Callable[[PreTrainedModel, Any, Context], dict[str, Any]] | None = None
     stream: Callable[[Path, Path, Any, bool], dict[str, Any] | None] | None = None
     part: Callable[[Any, Context], Part] | None = None
+    why_not: Callable[[Any, bool], str | None] | None = None
     needs_float: bool = True
     quantizes: bool = False
     trains_quantized: bool = False

@@ -73,6 +73,16 @@ def real_rows(inputs: torch.Tensor, batch: Batch) -> torch.Tensor:
     return inputs.detach().flatten(0, -2)
 
 
+def remembering(batch: dict[str, torch.Tensor]) -> Callable[..., None]:
+    """Returns a pre-hook, with keywords, for a model, that puts what the model is called with into `batch`."""
+
+    def hook(module: nn.Module, arguments: Any, inputs: Batch) -> None:
+        batch.clear()
+        batch.update(inputs)
+
+    return hook
+
+
 def shared_inputs(model: PreTrainedModel, paths: Sequence[str], batch: Batch) -> list[list[str]]:
     """Finds which layers read one and the same tensor, by running a few rows of one batch.
 

@@ -122,6 +122,7 @@ class CompressionTrainer(Trainer):
             for part in self.parts:
                 part.prepare(model)
         super().__init__(model, args, **kwargs)  # type: ignore[arg-type]
+        self._was_given_optimizer = self.optimizer is not None
         # Trainer counts the labels of a whole accumulation window only for models that take the count.
         # Here compute_loss takes it instead, for every model.
         self.model_accepts_loss_kwargs = True
@@ -320,15 +321,42 @@ class CompressionTrainer(Trainer):
         if resume_from_checkpoint is True:
             newest = last_whole_checkpoint(Path(str(self.args.output_dir)))
             resume_from_checkpoint = str(newest) if newest else None
+        self._forget_stale_optimizer()
         model = self.accelerator.unwrap_model(self.model)
-        if self._pivoted:
-            self.optimizer = None  # it holds the factors of the training before
         if self.optimizer is None and isinstance(model, PreTrainedModel):
             self._pivoted = in_two_factors(model)
             if self._pivoted:
                 commit(model)  # a checkpoint written meanwhile says what it holds
-        self._prepare_parts()
-        return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
+        try:
+            self._prepare_parts()
+            return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
+        except BaseException:
+            self._let_go()
+            raise
+
+    def _forget_stale_optimizer(self) -> None:
+        """Drops an optimizer of weights that a training before has replaced by smaller or pivoted ones."""
+        if self.optimizer is None:
+            return
+        own = {id(each) for each in (*self.accelerator.unwrap_model(self.model).parameters(), *self._part_parameters())}
+        groups = cast(list[dict[str, Any]], self.optimizer.param_groups)
+        if all(id(each) in own for group in groups for each in group["params"]):
+            return
+        if self._was_given_optimizer:
+            raise TrainingError(
+                "the optimizer holds weights that the model no longer has, since training has changed their shapes",
+                hint="Make a new trainer, with a new optimizer, to train on.",
+            )
+        self.optimizer = self.lr_scheduler = None
+
+    def _let_go(self) -> None:
+        """Leaves a model that can be used, saved and trained again, whatever cut its training off."""
+        for part in self.parts:
+            part.release()
+        if self._pivoted:
+            model = self.accelerator.unwrap_model(self.model)
+            in_pivoted_form(model, self._pivoted)
+            commit(model)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         checkpoint = Path(resume_from_checkpoint)

@@ -240,6 +240,9 @@ class Part:
         """Tells whether the model has its final form, so that it may count as the best one."""
         return True
 
+    def release(self) -> None:
+        """Lets go of the model where training was cut off; the next one begins anew."""
+
     def end(self, model: PreTrainedModel) -> dict[str, Any]:
         """Finishes the model after the last step (and after the best one was loaded); returns findings."""
         return {}

@@ -7,6 +7,7 @@ is gained is sparsity that a sparse kernel, or a compressing archive, can use.
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any, Literal, Self
@@ -20,13 +21,14 @@ from transformers.pytorch_utils import Conv1D
 from hfcompress.configuration import Config
 from hfcompress.errors import CompressionError
 from hfcompress.methods.calibration import run_batches
-from hfcompress.methods.pruning.search import cubic_share
+from hfcompress.methods.pruning.search import cubic_share, window
 from hfcompress.methods.registry import Batch, Context, Method, register
+from hfcompress.methods.statistics import real_rows, remembering
 from hfcompress.methods.training import Part
 from hfcompress.modeling.anatomy import base_model, input_width, modules_of
 from hfcompress.modeling.checkpoint import commit
 from hfcompress.modeling.layers.bitsandbytes import kind_of
-from hfcompress.modeling.layers.low_rank import LowRankLinear
+from hfcompress.modeling.layers.low_rank import LowRankLinear, PivotedLinear
 
 Target = Literal["attention", "ffn", "query", "key", "value", "attention_output", "ffn_input", "ffn_output", "linear"]
 SPEED = "none: dense kernels multiply zeros too, so the model is neither faster nor smaller on disk"
@@ -106,22 +108,36 @@ def keep_pattern(scores: torch.Tensor, n: int, m: int) -> torch.Tensor:
 
 def _input_sizes(model: PreTrainedModel, modules: dict[str, Any], batches: Sequence[Batch]) -> dict[str, torch.Tensor]:
     totals = {path: torch.zeros(input_width(module), device=module.weight.device) for path, module in modules.items()}
+    current: dict[str, torch.Tensor] = {}
 
     def watch(path: str) -> Any:
         def hook(module: nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
-            totals[path] += arguments[0].detach().flatten(0, -2).float().square().sum(0)
+            totals[path] += real_rows(arguments[0], current).float().square().sum(0)
 
         return hook
 
     with ExitStack() as stack, torch.no_grad():
         for path, module in modules.items():
             stack.callback(module.register_forward_pre_hook(watch(path)).remove)
+        stack.callback(model.register_forward_pre_hook(remembering(current), with_kwargs=True).remove)
         for _ in run_batches(model, batches, description="calibration"):
             pass
     for path, total in totals.items():
         if not torch.isfinite(total).all():
             raise CompressionError(f"{path}: the calibration activations are not finite")
     return {path: total.sqrt() for path, total in totals.items()}
+
+
+def why_not(config: UnstructuredPruningConfig, trains: bool) -> str | None:
+    """Says why a config cannot work in training, or at once, and what would; None where it can."""
+    if not trains and config.importance == "movement":
+        return "importance 'movement' exists only in training: add `training`, or choose 'magnitude'"
+    if trains and config.importance == "wanda":
+        return (
+            "importance 'wanda' exists only without training; in training choose 'magnitude' or 'movement'; 'auto' is "
+            "'magnitude'"
+        )
+    return None
 
 
 def unstructured_pruning(model: PreTrainedModel, config: UnstructuredPruningConfig, context: Context) -> dict[str, Any]:
@@ -139,11 +155,9 @@ def unstructured_pruning(model: PreTrainedModel, config: UnstructuredPruningConf
         CompressionError: A target is quantized, not finite, or does not fit the pattern, or calibration data is
             missing. Nothing was changed then.
     """
+    if message := why_not(config, trains=False):
+        raise CompressionError(message)
     importance = config.importance
-    if importance == "movement":
-        raise CompressionError(
-            "importance 'movement' exists only in training", hint="Add `training` to the step, or choose 'magnitude'."
-        )
     if importance == "auto":
         importance = "wanda" if context.calibration else "magnitude"
     modules = _modules(model, config)
@@ -181,6 +195,14 @@ def _zero(module: Any, mask: torch.Tensor) -> None:
         module.weight.mul_((mask.T if isinstance(module, Conv1D) else mask).to(module.weight.dtype))
 
 
+def _require_telling(path: str, scores: torch.Tensor) -> None:
+    if scores.numel() > 1 and bool((scores == scores.flatten()[0]).all()):
+        raise CompressionError(
+            f"all weights of {path} are equally important: nothing says which should become zero",
+            hint="Leave the layer out of the targets, or choose another importance.",
+        )
+
+
 def _findings(modules: dict[str, Any]) -> dict[str, Any]:
     zeros = {path: round((module.weight == 0).float().mean().item(), 4) for path, module in modules.items()}
     weights = {path: module.weight.numel() for path, module in modules.items()}
@@ -192,6 +214,7 @@ def _mask(path: str, module: Any, config: UnstructuredPruningConfig, sizes: torc
     scores = _as_matrix(module, module.weight).float().abs()
     if sizes is not None:
         scores = scores * sizes
+    _require_telling(path, scores)
     if config.pattern is None:
         return keep_share(scores, config.sparsity, by_output=sizes is not None)
     n, m = map(int, config.pattern.split(":"))
@@ -221,17 +244,28 @@ class UnstructuredPruningPart(Part):
     """
 
     def __init__(self, config: UnstructuredPruningConfig, context: Context | None = None) -> None:
-        if config.importance == "wanda":
-            raise CompressionError(
-                "importance 'wanda' exists only without training",
-                hint="In training choose 'magnitude' or 'movement'; 'auto' is 'magnitude'.",
-            )
+        if message := why_not(config, trains=True):
+            raise CompressionError(message)
         self.config = config
+
+    def prepare(self, model: PreTrainedModel) -> None:
+        """Refuses pivoted layers: they are trained in another form, and the zeros of that form would be lost.
+
+        Raises:
+            CompressionError: One of the layers is pivoted.
+        """
+        base = base_model(model)
+        for path in modules_of(model, self.config.targets):
+            if isinstance(base.get_submodule(path), PivotedLinear):
+                raise CompressionError(
+                    f"{path} is pivoted, and cannot keep zeros that training makes",
+                    hint="Factorize with pivoted: false, or prune without training.",
+                )
 
     def begin(self, model: PreTrainedModel, total_steps: int, device: torch.device) -> None:
         """Starts with everything open, and checks that the pattern fits."""
         self._modules = _modules(model, self.config)
-        self._first, self._last = int(self.config.begin * total_steps), int(self.config.end * total_steps)
+        self._first, self._last = window(self.config.begin, self.config.end, total_steps)
         for path, module in self._modules.items():
             _mask(path, module, self.config, None)
         shapes = {path: _as_matrix(module, module.weight) for path, module in self._modules.items()}
@@ -247,14 +281,15 @@ class UnstructuredPruningPart(Part):
             module = self._modules[path]
             if module.weight.grad is not None:
                 product = module.weight.detach().float() * module.weight.grad.float()
-                moved.sub_(_as_matrix(module, product))
+                if torch.isfinite(product).all():  # a step in float16 may overflow, and is left out by the optimizer
+                    moved.sub_(_as_matrix(module, product))
 
     def after_step(self, step: int) -> None:
         """Closes more weights where the schedule says so, and holds at zero what is closed."""
         due = self._first <= step <= self._last and (step % self.config.interval == 0 or step == self._last)
         progress = cubic_share(1.0, step, self._first, self._last)
         for path, module in self._modules.items():
-            if due:
+            if due and progress:
                 self._masks[path] &= self._choose(path, module, progress)
             _zero(module, self._masks[path])
 
@@ -262,6 +297,7 @@ class UnstructuredPruningPart(Part):
         scores = _as_matrix(module, module.weight).float().abs()
         if path in self._moved:
             scores = self._moved[path] - self._moved[path].min()
+        _require_telling(path, scores)
         scores = torch.where(self._masks[path], scores, -1.0)  # what is closed is chosen again, first
         if self.config.pattern is None:
             return keep_share(scores, self.config.sparsity * progress, by_output=False)
@@ -274,9 +310,13 @@ class UnstructuredPruningPart(Part):
         return step >= self._last
 
     def end(self, model: PreTrainedModel) -> dict[str, Any]:
-        """Writes down what is zero."""
-        for path, module in self._modules.items():
-            _zero(module, self._masks[path])
+        """Writes down what is zero; sets all of the target to zero, where training ended before its time."""
+        before = sum(int(mask.sum()) for mask in self._masks.values())
+        self.after_step(self._last)  # changes nothing that is settled
+        more = before - sum(int(mask.sum()) for mask in self._masks.values())
+        if more:
+            message = f"training ended before pruning did, after step {self._last}: {more} more weights are zero now"
+            warnings.warn(message, stacklevel=2)
         commit(model)
         importance = "magnitude" if self.config.importance == "auto" else self.config.importance
         return {"importance": importance} | _findings(self._modules)
@@ -300,5 +340,6 @@ register(
         summary="Sets single weights to zero, freely or N of every M; makes nothing faster by itself.",
         apply=unstructured_pruning,
         part=UnstructuredPruningPart,
+        why_not=why_not,
     )
 )

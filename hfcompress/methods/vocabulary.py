@@ -55,12 +55,14 @@ def vocabulary(model: PreTrainedModel, config: VocabularyConfig, context: Contex
 
     Raises:
         CompressionError: No tokenizer or texts, a tokenizer that is not fast or of an unknown kind, quantized
-            embeddings, or a text that would be cut otherwise. Nothing was changed then.
+            embeddings, generation settings that name single tokens in ways that are not renumbered, or a text that
+            would be cut otherwise. Nothing was changed then.
     """
     tokenizer, texts = context.tokenizer, context.texts
     if tokenizer is None or not texts:
         missing = "the tokenizer" if tokenizer is None else "texts"
         raise CompressionError(f"vocabulary needs {missing}", hint="Pass tokenizer=..., texts=[...] to compress.")
+    _require_numbered(model)
     state = state_of(tokenizer)
     known = vocabulary_of(state)
     rows = _rows(model)
@@ -107,6 +109,36 @@ def _token_fields(config: Any) -> Iterator[tuple[str, int | list[int]]]:
             yield name, value
 
 
+# Of these, ids that are no longer there can be left out: what cannot be written need not be forbidden.
+_FORBIDDEN = ("suppress_tokens", "begin_suppress_tokens", "bad_words_ids")
+# These would have to be written anew, each in its own form.
+_UNNUMBERED = ("force_words_ids", "sequence_bias", "forced_decoder_ids", "lang_to_id", "task_to_id")
+
+
+def _require_numbered(model: PreTrainedModel) -> None:
+    """Refuses a model whose generation config holds ids of tokens in fields that are not renumbered."""
+    for config in _configs(model):
+        held = [name for name in _UNNUMBERED if getattr(config, name, None)]
+        if held:
+            raise CompressionError(
+                f"the generation config's {held[0]} holds ids of tokens, which trimming would change",
+                hint=f"Set model.generation_config.{held[0]} to None, or keep the whole vocabulary.",
+            )
+
+
+def _renumber(config: Any, number: dict[int, int]) -> None:
+    for name, value in list(_token_fields(config)):
+        new = [number.get(each, each) for each in value] if isinstance(value, list) else number.get(value, value)
+        setattr(config, name, new)
+    for name in _FORBIDDEN:
+        value = getattr(config, name, None) or []
+        if value and isinstance(value[0], int):
+            setattr(config, name, [number[each] for each in value if each in number] or None)
+        elif value:
+            left = [[number[each] for each in word] for word in value if number.keys() >= set(word)]
+            setattr(config, name, left or None)
+
+
 def _configs(model: PreTrainedModel) -> list[Any]:
     every = [model.config, base_model(model).config, getattr(model, "generation_config", None)]
     return list({id(config): config for config in every if config is not None}.values())
@@ -143,9 +175,7 @@ def _shrink(model: PreTrainedModel, order: Sequence[int]) -> None:
     model.resize_token_embeddings(len(order), mean_resizing=False)
     assert model.get_input_embeddings().num_embeddings == len(order) < before  # type: ignore[union-attr]
     for config in _configs(model):
-        for name, value in list(_token_fields(config)):
-            new = [number.get(each, each) for each in value] if isinstance(value, list) else number.get(value, value)
-            setattr(config, name, new)
+        _renumber(config, number)
 
 
 def _require_same_padding(model: PreTrainedModel, table: nn.Embedding, number: dict[int, int]) -> None:

@@ -81,6 +81,11 @@ def taylor(model: PreTrainedModel, dimensions: dict[str, tuple[int, ...]], batch
     """
     named = dict(model.named_parameters(remove_duplicate=False))
     trained = {name: dims for name, dims in dimensions.items() if name in named and named[name].requires_grad}
+    if not trained:
+        raise CompressionError(
+            "all weights are frozen, so that the loss says nothing about them",
+            hint="Call model.requires_grad_(True), or choose importance 'magnitude'.",
+        )
     weights = [named[name] for name in trained]
     scores = torch.zeros(())
     with torch.enable_grad():

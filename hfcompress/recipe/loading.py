@@ -204,17 +204,17 @@ class _Builder:
                 outlines.append(Outline(f"steps[{index}]", (), True))
                 continue
             built.append(self._step(step, ("steps", index)))
-            outlines.append(self._outline(step))
+            outlines.append(self._outline(step, built[-1].methods if built[-1] else ()))
         for problem in order_problems(outlines):
             self.document.complain(problem.path, problem.message)
         return [step for step in built if step is not None]
 
-    def _outline(self, step: Mapping[str, Any]) -> Outline:
+    def _outline(self, step: Mapping[str, Any], configs: tuple[Config, ...]) -> Outline:
         held = tuple(method for name, method in self.known.items() if name in step)
         strange = any(key not in STEP_FIELDS and key not in self.known for key in step)
         # A misspelt method or `training` has been reported; "the step is empty" would only confuse.
         trains = "training" in step or (strange and not held)
-        return Outline(step_name(step, tuple(self.known)), held, trains)
+        return Outline(step_name(step, tuple(self.known)), held, trains, configs)
 
     def _step(self, step: dict[str, Any], path: KeyPath) -> Step | None:
         self._unknown(path, step, (*STEP_FIELDS, *self.known))

@@ -128,7 +128,8 @@ class Step(Config):
 
     def outline(self) -> Outline:
         """Returns what the rules of order look at."""
-        return Outline(self.name, tuple(method_of(config) for config in self.methods), self.training is not None)
+        methods = tuple(method_of(config) for config in self.methods)
+        return Outline(self.name, methods, self.training is not None, self.methods)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the step as it could stand in a recipe, every default written out."""
@@ -278,11 +279,12 @@ class Recipe(Header):
 
 @dataclass(frozen=True)
 class Outline:
-    """What the rules of order need to know of a step, known even when its values are wrong."""
+    """What the rules of order need to know of a step, known even when its values are wrong: then it has no configs."""
 
     name: str
     methods: tuple[Method, ...]
     trains: bool
+    configs: tuple[Config, ...] = ()
 
 
 _FROZEN = (
@@ -333,6 +335,10 @@ def _mode_problems(step: Outline, path: tuple[str | int, ...]) -> list[Problem]:
         if not step.trains and method.apply is None:
             message = "works only in training; add `training: {epochs: ..., learning_rate: ...}` to the step"
             problems.append(Problem((*path, method.name), message))
+    for config in step.configs:
+        method = method_of(config)
+        if method.why_not and (reason := method.why_not(config, step.trains)):
+            problems.append(Problem((*path, method.name), reason))
     return problems
 
 

@@ -31,7 +31,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 
 from hfcompress import StructuredPruningConfig
 from hfcompress.evaluation.quality import Quality, evaluate_quality
-from hfcompress.methods.pruning.importance import gradients_file, store_gradients
+from hfcompress.methods.pruning.importance import statistics_file, store_statistics
 from hfcompress.methods.pruning.targets import target_of
 from hfcompress.methods.pruning.units import head_units, neuron_units, total_cost
 from hfcompress.methods.registry import Context
@@ -93,7 +93,7 @@ def differentiate(model: Any, draw: Draw) -> None:
     """Leaves derivatives by weights in the model, and those by units where `structured_pruning` looks for them."""
     units = target_of(model, flops=SHARE, multiple_of=8).units
     gradients = torch_pruning_arm.accumulate(model, units, draw.batches)
-    store_gradients(gradients_file(model, draw.batches, draw.folder / "pruning"), units, gradients)
+    store_statistics(statistics_file("gradients", model, draw.batches, draw.folder / "pruning"), units, gradients)
 
 
 def by_torch_pruning(model: Any, draw: Draw) -> None:

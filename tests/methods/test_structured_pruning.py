@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 from itertools import pairwise
 from pathlib import Path
 
@@ -18,17 +19,13 @@ from hfcompress import (
     compress,
 )
 from hfcompress.errors import CompressionError, ConfigError
+from hfcompress.methods.pruning.search import cubic_share, select
 from hfcompress.methods.pruning.units import head_units, neuron_units, total_cost
 from hfcompress.methods.registry import Context
-from hfcompress.methods.structured_pruning import (
-    GatedPruningPart,
-    PruningPart,
-    cubic_share,
-    select,
-    structured_pruning,
-)
+from hfcompress.methods.structured_pruning import GatedPruningPart, PruningPart, structured_pruning
 from hfcompress.modeling.anatomy import attention_blocks, feed_forward_blocks
 from hfcompress.modeling.measure import tensor_bytes, weight_bytes
+from tests.tiny_models import inputs_for, make
 from tests.workshop import batches, logits, sentences, tiny_classifier, tiny_tokenizer
 
 
@@ -149,6 +146,68 @@ def test_a_quantized_model_is_refused_and_left_alone() -> None:
     with pytest.raises(CompressionError, match="quantiz"):
         compress(model, [StructuredPruningConfig(heads=0.5)])
     assert torch.equal(logits(model, batches(1)[0]), before)
+
+
+@pytest.mark.parametrize("role", ["ffn_input", "query", "ffn_output"])
+def test_one_quantized_projection_is_enough_to_refuse(role: str) -> None:
+    model = compress(tiny_classifier(), [QuantizationConfig(weights=None, roles={role: "packed-8"}, embeddings=None)])
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(CompressionError, match="is quantized"):
+        compress(model, [StructuredPruningConfig(heads=0.5, neurons=0.5)])
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_weight_that_two_layers_share_is_not_cut_on_one_side() -> None:
+    model = tiny_classifier()
+    first, second = model.bert.encoder.layer
+    second.intermediate.dense.weight = first.intermediate.dense.weight
+    with pytest.raises(CompressionError, match=r"layer\.0\.intermediate.*layer\.1\.intermediate"):
+        compress(model, [StructuredPruningConfig(neurons=0.5)])
+    assert first.intermediate.dense.weight is second.intermediate.dense.weight
+    compress(model, [StructuredPruningConfig(heads=0.5)])  # what is cut is nobody else's
+
+
+@pytest.mark.parametrize(("values", "over"), [({"heads": 0.05}, "0.0625"), ({"neurons": 0.02}, "0.0208")])
+def test_a_share_that_removes_nothing_is_refused(values: dict, over: str) -> None:
+    with pytest.raises(CompressionError, match=f"a share over {over}"):
+        compress(tiny_classifier(), [StructuredPruningConfig(**values)])
+
+
+def test_padding_has_no_say_in_what_activations_rank() -> None:
+    config = StructuredPruningConfig(neurons=0.5, importance="activation", reconstruct=False, precision="fp32")
+    model, data = tiny_classifier(), batches(2, labels=False)
+    padded = [{name: torch.nn.functional.pad(value, (0, 20)) for name, value in batch.items()} for batch in data]
+    kept = []
+    for each in (data, padded):
+        pruned = compress(copy.deepcopy(model), [config], calibration=each)
+        kept.append(pruned.bert.encoder.layer[0].intermediate.dense.weight)
+    assert torch.equal(*kept)
+
+
+def test_data_of_padding_only_is_refused() -> None:
+    data = [dict(batch, attention_mask=torch.zeros_like(batch["input_ids"])) for batch in batches(1)]
+    model = tiny_classifier()
+    with pytest.raises(CompressionError, match="padding only"):
+        compress(model, [StructuredPruningConfig(heads=0.5, importance="magnitude")], calibration=data)
+    assert [block.heads for block in attention_blocks(model)] == [4, 4]
+
+
+def test_statistics_are_kept_for_another_target(tmp_path: Path) -> None:
+    data = batches(1, labels=False)
+    for share in (0.25, 0.5):
+        compress(tiny_classifier(), [StructuredPruningConfig(heads=share)], calibration=data, cache_dir=tmp_path)
+    (file,) = (tmp_path / "pruning").iterdir()
+    assert file.name.startswith("energies-")
+
+
+def test_examples_of_several_choices_are_scored() -> None:
+    model = make("bert", "MultipleChoice")
+    inputs = inputs_for("bert", "MultipleChoice")
+    batch = {**inputs, "labels": torch.zeros(len(inputs["input_ids"]), dtype=torch.long)}
+    before = sum(block.heads for block in attention_blocks(model))
+    config = StructuredPruningConfig(heads=0.5, importance="fisher")
+    compress(model, [config], calibration=[batch])
+    assert sum(block.heads for block in attention_blocks(model)) == before / 2
 
 
 @pytest.mark.parametrize(

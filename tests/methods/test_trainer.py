@@ -47,7 +47,11 @@ def arguments(folder: Path, **changes: Any) -> TrainingArguments:
 
 
 def make(folder: Path, cls: type = PruningTrainer, *, dropout: float = 0.1, **changes: Any) -> CompressionTrainer:
-    own = {key: changes.pop(key) for key in ("pruning", "teacher", "distillation", "callbacks") if key in changes}
+    own = {
+        key: changes.pop(key)
+        for key in ("pruning", "teacher", "distillation", "callbacks", "optimizers")
+        if key in changes
+    }
     if cls is PruningTrainer:
         own.setdefault("pruning", PRUNING)
         own.setdefault("teacher", tiny_classifier(9))

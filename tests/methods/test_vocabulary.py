@@ -14,6 +14,8 @@ from transformers import (
     BartForConditionalGeneration,
     BertConfig,
     BertForMaskedLM,
+    GPT2Config,
+    GPT2LMHeadModel,
     PreTrainedTokenizerFast,
     RobertaConfig,
     RobertaForSequenceClassification,
@@ -189,3 +191,27 @@ def test_what_cannot_be_trimmed_is_refused_and_left_alone() -> None:
     compress(model, [QuantizationConfig()])
     with pytest.raises(CompressionError, match="before quantizing"):
         vocabulary(model, VocabularyConfig(), Context(tokenizer=tokenizer, texts=CORPUS))
+
+
+def test_ids_that_a_generation_config_names_follow_or_are_refused() -> None:
+    tokenizer = learnt("BPE")
+    small = {"n_embd": 32, "n_layer": 1, "n_head": 2}
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), bos_token_id=0, eos_token_id=2, **small)).eval()
+    old = tokenizer.get_vocab()
+    stays = [old[token] for token in tokenizer.tokenize(CORPUS[0])][:2]
+    compress(copy.deepcopy(model), [VocabularyConfig()], tokenizer=(trial := learnt("BPE")), texts=CORPUS[:1])
+    goes = next(index for token, index in old.items() if token not in trial.get_vocab())
+    model.generation_config.suppress_tokens = [stays[0], goes]
+    model.generation_config.bad_words_ids = [stays, [goes, stays[0]]]
+    model.generation_config.sequence_bias = [[stays, -1.0]]
+    with pytest.raises(CompressionError, match="sequence_bias holds ids"):
+        compress(model, [VocabularyConfig()], tokenizer=tokenizer, texts=CORPUS[:1])
+    assert tokenizer.get_vocab() == old
+    model.generation_config.sequence_bias = None
+    names = tokenizer.convert_ids_to_tokens(stays)
+    compress(model, [VocabularyConfig()], tokenizer=tokenizer, texts=CORPUS[:1])
+    now = tokenizer.convert_tokens_to_ids(names)
+    assert now != stays
+    assert model.generation_config.suppress_tokens == now[:1]
+    assert model.generation_config.bad_words_ids == [now]
+    model.generate(**tokenizer(CORPUS[0], return_tensors="pt"), max_new_tokens=2)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from hfcompress.methods.calibration import run_batches
 from hfcompress.methods.digests import feed, model_digest
 from hfcompress.methods.pruning.units import Units
 from hfcompress.methods.registry import Batch
+from hfcompress.methods.statistics import real_rows, remembering
 
 
 def taylor(gradients: torch.Tensor) -> torch.Tensor:
@@ -44,34 +45,52 @@ def kept_gradients(
 
     They hold for any target: a second share, a time instead of FLOPs, cost no further pass.
     """
+    return _kept("gradients", mask_gradients, model, units, batches, folder)
+
+
+def kept_energies(
+    model: PreTrainedModel, units: Sequence[Units], batches: Sequence[Batch], folder: Path | None
+) -> list[torch.Tensor]:
+    """Does the same with `output_energies`."""
+    return _kept("energies", output_energies, model, units, batches, folder)
+
+
+def _kept(
+    kind: str,
+    collect: Callable[[PreTrainedModel, Sequence[Units], Sequence[Batch]], list[torch.Tensor]],
+    model: PreTrainedModel,
+    units: Sequence[Units],
+    batches: Sequence[Batch],
+    folder: Path | None,
+) -> list[torch.Tensor]:
     if folder is None:
-        return mask_gradients(model, units, batches)
-    file = gradients_file(model, batches, folder)
+        return collect(model, units, batches)
+    file = statistics_file(kind, model, batches, folder)
     names = [_stored_name(each) for each in units]
     if file.is_file():
         with safe_open(file, "pt") as stored:
             if set(names) <= set(stored.keys()):
                 return [stored.get_tensor(name) for name in names]
-    gradients = mask_gradients(model, units, batches)
-    store_gradients(file, units, gradients)
-    return gradients
+    found = collect(model, units, batches)
+    store_statistics(file, units, found)
+    return found
 
 
-def gradients_file(model: PreTrainedModel, batches: Sequence[Batch], folder: Path) -> Path:
-    """Returns where `kept_gradients` looks for those of a model and its data."""
+def statistics_file(kind: str, model: PreTrainedModel, batches: Sequence[Batch], folder: Path) -> Path:
+    """Returns where `gradients` or `energies` of a model and its data are kept."""
     hasher = hashlib.sha256(model_digest(model).encode())
     for batch in batches:
         for name in sorted(batch):
             hasher.update(name.encode())
             feed(hasher, batch[name])
-    return folder / f"gradients-{hasher.hexdigest()[:24]}.safetensors"
+    return folder / f"{kind}-{hasher.hexdigest()[:24]}.safetensors"
 
 
-def store_gradients(file: Path, units: Sequence[Units], gradients: Sequence[torch.Tensor]) -> None:
-    """Writes what `mask_gradients` returned, whole or not at all."""
+def store_statistics(file: Path, units: Sequence[Units], statistics: Sequence[torch.Tensor]) -> None:
+    """Writes what was collected for each of some units, whole or not at all."""
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_suffix(f".{os.getpid()}")
-    save_file({_stored_name(each): found for each, found in zip(units, gradients, strict=True)}, partial)
+    save_file({_stored_name(each): found for each, found in zip(units, statistics, strict=True)}, partial)
     os.replace(partial, file)
 
 
@@ -169,7 +188,8 @@ def unit_factors(model: nn.Module, units: Sequence[Units]) -> Iterator[list[torc
     def by_example(index: int) -> Any:
         def hook(module: nn.Module, arguments: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor]:
             inputs, factor = arguments[0], units[index].spread(factors[index])
-            if inputs.dim() < 3 or len(inputs) != len(factor):
+            # A single example may be laid out in any way: choices or windows in the first dimension, say.
+            if len(factor) != 1 and (inputs.dim() < 3 or len(inputs) != len(factor)):
                 raise _NotByExample
             between = [1] * (inputs.dim() - 2)
             return (inputs * factor.view(len(factor), *between, -1).to(inputs.dtype),)
@@ -198,7 +218,7 @@ def _frozen(model: nn.Module) -> Iterator[None]:
 
 
 def output_energies(model: PreTrainedModel, units: Sequence[Units], batches: Sequence[Batch]) -> list[torch.Tensor]:
-    """Averages, over positions, the squared size of what each unit adds to its block's output, input by input.
+    """Averages the squared size of what each unit adds to its block's output, input by input, over all but padding.
 
     Args:
         model: The model.
@@ -211,13 +231,13 @@ def output_energies(model: PreTrainedModel, units: Sequence[Units], batches: Seq
     Raises:
         CompressionError: No batches, or activations that are not finite.
     """
-    totals = [torch.zeros(each.count) for each in units]
+    totals, current = [torch.zeros(each.count) for each in units], {}
 
     def watch(total: torch.Tensor, each: Units) -> Any:
         norms = each.weight_and_gradient()[0].float().square().sum(0)
 
         def hook(module: nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
-            energy = arguments[0].detach().flatten(0, -2).float().square().mean(0)
+            energy = real_rows(arguments[0], current).float().square().mean(0)
             total.add_(each.fold(energy * norms).cpu())
 
         return hook
@@ -225,6 +245,7 @@ def output_energies(model: PreTrainedModel, units: Sequence[Units], batches: Seq
     with ExitStack() as stack, torch.no_grad():
         for total, each in zip(totals, units, strict=True):
             stack.callback(each.entry.register_forward_pre_hook(watch(total, each)).remove)
+        stack.callback(model.register_forward_pre_hook(remembering(current), with_kwargs=True).remove)
         for _ in run_batches(model, batches, description="scoring"):
             pass
     for each, total in zip(units, totals, strict=True):

@@ -23,6 +23,7 @@ from hfcompress.methods.pruning.search import keep_the_best, knapsack
 from hfcompress.methods.pruning.targets import Target
 from hfcompress.methods.pruning.units import Units, head_units, neuron_units
 from hfcompress.methods.registry import Batch
+from hfcompress.modeling.measure import tensor_bytes
 
 _POINTS = 12
 _REPEATS = 9
@@ -142,7 +143,12 @@ def workload(model: PreTrainedModel, batch: int, tokens: int, calibration: Seque
     """
     if model.main_input_name == "input_ids":
         generator = torch.Generator().manual_seed(0)
-        ids = torch.randint(model.config.get_text_config().vocab_size, (batch, tokens), generator=generator)
+        text = model.config.get_text_config()
+        ids = torch.randint(text.vocab_size, (batch, tokens), generator=generator)
+        end = getattr(text, "eos_token_id", None)
+        if isinstance(end, int) and tokens > 1:  # BART's classifier reads the last token of this kind
+            ids = torch.where(ids == end, (end + 1) % text.vocab_size, ids)
+            ids[:, -1] = end
         inputs: dict[str, torch.Tensor] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         if model.config.is_encoder_decoder:
             inputs["decoder_input_ids"] = ids
@@ -171,12 +177,17 @@ def _table(
     kinds = [_kind(each) for each in units]
     steps = {kind: multiples["heads" if kind[0] else "neurons"] for kind in kinds}
     file = cache / f"{_key(model, kinds, steps, inputs)}.json" if cache else None
+    return _agreed(lambda: _kept(file, lambda: _measure(model, units, kinds, steps, inputs)))
+
+
+def _kept(file: Path | None, measure: Callable[[], LatencyTable]) -> LatencyTable:
+    """Takes a table from its file, or measures it and writes it there, whole or not at all."""
     if file and file.is_file():
         stored = json.loads(file.read_text())
         return LatencyTable(
             whole=stored["whole"], blocks=[{int(n): s for n, s in each.items()} for each in stored["blocks"]]
         )
-    table = _agreed(lambda: _measure(model, units, kinds, steps, inputs))
+    table = measure()
     if file:
         file.parent.mkdir(parents=True, exist_ok=True)
         partial = file.with_suffix(f".{os.getpid()}")
@@ -185,11 +196,14 @@ def _table(
     return table
 
 
-def _agreed(measure: Callable[[], LatencyTable]) -> LatencyTable:
-    """Measures in one process of a distributed run, and takes its word in all: they must prune alike."""
+def _agreed(table: Callable[[], LatencyTable]) -> LatencyTable:
+    """Asks one process of a distributed run, and takes its word in all: they must prune alike.
+
+    The others must not look at files of their own: where they had one, they would not wait for the first one's word.
+    """
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return measure()
-    told: list[Any] = [measure() if torch.distributed.get_rank() == 0 else None]
+        return table()
+    told: list[Any] = [table() if torch.distributed.get_rank() == 0 else None]
     torch.distributed.broadcast_object_list(told)
     return told[0]
 
@@ -198,7 +212,7 @@ def _key(model: PreTrainedModel, kinds: Any, steps: Any, inputs: Batch) -> str:
     shapes = {name: list(value.shape) for name, value in inputs.items()}
     machine = [platform.processor(), platform.machine(), os.cpu_count(), torch.get_num_threads(), torch.__version__]
     device = torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else str(model.device)
-    loaded = [type(model).__name__, str(model.dtype), model.config._attn_implementation, device]
+    loaded = [type(model).__name__, str(model.dtype), model.config._attn_implementation, device, tensor_bytes(model)]
     text = json.dumps([machine, loaded, list(map(list, kinds)), list(steps.values()), shapes])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -222,6 +236,14 @@ def _measure(
     models = [model, *(_shrunk(model, sizes) for sizes in variants)]
     with ExitStack() as stack:
         watches = [stack.enter_context(_Stopwatch(each, inputs)) for each in models]
+        try:
+            watches[0].run()
+        except (RuntimeError, IndexError, ValueError) as error:
+            shapes = ", ".join(f"{name} {list(value.shape)}" for name, value in inputs.items())
+            raise CompressionError(
+                f"latency: the model cannot be run on {shapes}: {error}",
+                hint="Set latency_tokens to a length that the model reads, and latency_batch.",
+            ) from error
         for _ in range(2):
             for watch in watches:
                 watch.run()

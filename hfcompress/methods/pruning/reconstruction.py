@@ -118,6 +118,8 @@ class _Plan:
 
 
 def _fit(units: Units, moments: Moments, start: torch.Tensor) -> Fit:
+    if not moments.count:
+        raise CompressionError(f"{units.block.name}: the calibration data is padding only")
     if not torch.isfinite(moments.inputs).all() or not torch.isfinite(moments.cross).all():
         raise CompressionError(f"{units.block.name}: the calibration activations are not finite")
     bias = units.entry.bias

@@ -17,6 +17,18 @@ def cubic_share(target: float, step: int, begin: int, end: int) -> float:
     return target * (1 - (1 - (step - begin) / (end - begin)) ** 3)
 
 
+def window(begin: float, end: float, steps: int) -> tuple[int, int]:
+    """Returns after which step of a training pruning begins, and after which it is done; 1 at least, and after that.
+
+    Args:
+        begin: Share of the training after which the first goes.
+        end: Share after which the last has gone.
+        steps: Of the training.
+    """
+    last = max(1, int(end * steps))
+    return min(int(begin * steps), last - 1), last
+
+
 def _blocks(scores: torch.Tensor, multiple_of: int) -> tuple[torch.Tensor, list[tuple[float, int]]]:
     """Ranks a layer's units; returns the order, and of each block of neighbours in it mean score and size."""
     order = torch.argsort(scores, descending=True, stable=True)

@@ -115,6 +115,12 @@ class Shares(Target):
         """Raises CompressionError where a layer would be left without units."""
         for name, group in self.groups.items():
             total, least = sum(each.count for each in group), sum(self._least(name))
+            size = max(self._least(name))
+            if 0 < total * self.shares[name] <= size / 2:
+                raise CompressionError(
+                    f"{name}: {self.shares[name]:g} of {total} is no more than half of the {size} that go together, so "
+                    f"that nothing would go; a share over {size / 2 / total:.3g} removes something"
+                )
             if round(total * (1 - self.shares[name])) < least:
                 raise CompressionError(
                     f"{name}: {self.shares[name]:g} of {total} cannot be removed, since every layer keeps at least "

@@ -48,12 +48,26 @@ class Units:
         self.block = block
         output = block.at(block.spec.output)
         self.entry: Any = output.down if isinstance(output, LowRankLinear) else output
-        if kind_of(self.entry):
-            raise CompressionError(f"{block.name}: the model is quantized", hint="Prune before quantizing.")
+        quantized = [path for path, part in self._cut() if kind_of(part)]
+        if quantized:
+            raise CompressionError(f"{block.name}: {quantized[0]} is quantized", hint="Prune before quantizing.")
         if isinstance(block, AttentionBlock):
             self.count, self.width = block.heads, block.head_dim * block.queries_per_head
         else:
             self.count, self.width = block.neurons, 1
+
+    def _cut(self) -> list[tuple[str, Any]]:
+        """Returns, by path, the linear-like modules that lose rows or columns with a unit."""
+        block = self.block
+        inputs = [each for _, each in block.projections] if isinstance(block, AttentionBlock) else block.inputs
+        into = {each.path: block.at(each.path) for each in inputs}
+        ends: dict[str, Any] = {path: getattr(part, "up", part) for path, part in into.items()}
+        return [(block.path(path), part) for path, part in (ends | {block.spec.output: self.entry}).items()]
+
+    @property
+    def weights(self) -> dict[str, torch.Tensor]:
+        """The weights that lose rows or columns with a unit, by the path of their layer."""
+        return {path: part.weight for path, part in self._cut()}
 
     @property
     def are_heads(self) -> bool:
@@ -148,6 +162,21 @@ def head_units(model: PreTrainedModel) -> list[Units]:
 def neuron_units(model: PreTrainedModel) -> list[Units]:
     """Returns every feed-forward block's neurons, layer by layer."""
     return [Units(block) for block in feed_forward_blocks(model)]
+
+
+def require_untied(model: PreTrainedModel, units: Sequence[Units]) -> None:
+    """Raises CompressionError where a weight that would be cut is also held by something else, which would not be."""
+    holders: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        holders.setdefault(id(parameter), []).append(name)
+    for each in units:
+        for path, weight in each.weights.items():
+            names = holders.get(id(weight), [])
+            if len(names) > 1:
+                raise CompressionError(
+                    f"{path} shares its weight with others ({', '.join(names)}) and cannot be cut alone",
+                    hint="Give each layer a weight of its own first.",
+                )
 
 
 def total_cost(units: Sequence[Units], measure: Measure) -> float:

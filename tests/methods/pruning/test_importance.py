@@ -58,7 +58,8 @@ def test_one_pass_gives_derivatives_by_weights_and_by_units(tmp_path: Path) -> N
     by_units = [factor.grad * len(batch["labels"]) for factor in factors if factor.grad is not None]
     for each, other in zip(by_units, mask_gradients(model, units, [batch]), strict=True):
         torch.testing.assert_close(each, other)
-    importance.store_gradients(importance.gradients_file(model, [batch], tmp_path), units, by_units)
+    file = importance.statistics_file("gradients", model, [batch], tmp_path)
+    importance.store_statistics(file, units, by_units)
     assert all(map(torch.equal, kept_gradients(model, units, [batch], tmp_path), by_units))
 
 

@@ -9,8 +9,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import TrainingArguments
 
-from hfcompress import StructuredPruningConfig, compress
+from hfcompress import PruningTrainer, StructuredPruningConfig, compress
 from hfcompress.errors import CompressionError
 from hfcompress.methods.pruning.latency import Latency, LatencyTable, latency_target, workload
 from hfcompress.methods.pruning.search import knapsack
@@ -18,7 +19,7 @@ from hfcompress.methods.pruning.units import head_units, neuron_units
 from hfcompress.methods.registry import Context
 from hfcompress.methods.structured_pruning import structured_pruning
 from hfcompress.modeling.anatomy import attention_blocks, feed_forward_blocks
-from tests.tiny_models import make
+from tests.tiny_models import inputs_for, make
 from tests.workshop import batches, logits, tiny_classifier
 
 GROUP = st.lists(st.tuples(st.floats(0, 10), st.integers(1, 20)), min_size=1, max_size=4)
@@ -112,3 +113,35 @@ def test_what_reads_no_text_is_timed_with_its_own_data() -> None:
     model = make("vit")
     with pytest.raises(CompressionError, match="reads pixel_values is measured with calibration data"):
         compress(model, [StructuredPruningConfig(latency=0.1, importance="magnitude")])
+
+
+def test_a_table_is_of_the_whole_model_and_not_of_its_blocks_alone(tmp_path: Path) -> None:
+    for vocabulary in (60, 3000):
+        model = tiny_classifier(vocab_size=vocabulary)
+        latency_target(model, 0.01, 8, workload(model, 2, 8, ()), tmp_path)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_length_that_the_model_cannot_read_is_refused() -> None:
+    model = tiny_classifier(max_position_embeddings=32)
+    with pytest.raises(CompressionError, match=r"cannot be run on input_ids \[8, 128\]") as caught:
+        compress(model, [StructuredPruningConfig(latency=0.2)])
+    assert "latency_tokens" in str(caught.value.hint)
+
+
+def test_a_classifier_that_reads_its_last_end_of_text_is_timed() -> None:
+    model = make("bart", "SequenceClassification")
+    latency_target(model, 0.01, 8, workload(model, 2, 8, ()))
+
+
+def test_time_is_measured_in_training_with_what_is_trained_on(tmp_path: Path) -> None:
+    model = make("vit", "ImageClassification")
+    inputs = inputs_for("vit", "ImageClassification")
+    rows = [{**{name: value[0] for name, value in inputs.items() if name != "labels"}, "labels": torch.tensor(0)}] * 4
+    arguments = TrainingArguments(
+        str(tmp_path), max_steps=4, report_to="none", disable_tqdm=True, use_cpu=True, save_strategy="no"
+    )
+    pruning = StructuredPruningConfig(latency=0.05, latency_batch=2, begin=0.0, end=0.5, interval=1)
+    trainer = PruningTrainer(model, arguments, pruning=pruning, train_dataset=rows)
+    trainer.train()
+    assert "latency_removed_by_table" in trainer.findings[0]
