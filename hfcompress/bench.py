@@ -194,7 +194,7 @@ class Bench:
         assert step.training is not None
         taught = any(method_of(config).name == "distillation" for config in step.methods)
         learned_from = [self._load(teacher), *map(self.kind.load, self.material.more_teachers)] if taught else None
-        tokens = self._teachers_tokens(cut) if taught else None
+        tokens = self._teachers_tokens(teacher, cut) if taught else None
         context = Context(teacher=learned_from, teacher_tokens=tokens, cache_dir=self.cache)
         parts = [part(config, context) for config in step.methods if (part := method_of(config).part)]
         del learned_from, context  # with a cache the teacher is dropped as soon as it has spoken
@@ -227,10 +227,10 @@ class Bench:
         findings = dict(zip(names, trainer.findings, strict=True))
         return findings, training_of(trainer.state.log_history, examples)
 
-    def _teachers_tokens(self, cut: Cut) -> list[Any]:
-        """Returns what each teacher reads; one that a step of the run made reads what the student reads."""
-        teachers = [self.material.teacher, *self.material.more_teachers]
-        return [self.material.teacher_tokens(each, cut) if each else None for each in teachers]
+    def _teachers_tokens(self, teacher: Done | None, cut: Cut) -> list[Any]:
+        """Returns what each teacher reads; a step since then may have changed the student's tokenizer."""
+        assert teacher is not None, "the first row of a run teaches"
+        return [self.material.teacher_tokens(each, cut) for each in (teacher.checkpoint, *self.material.more_teachers)]
 
     def _watch(self, trainer: Trainer, model: PreTrainedModel, cut: Cut) -> int:
         """Lets a training measure itself for its curves; returns on how many rows."""

@@ -11,6 +11,7 @@ from transformers import BertConfig, BertForSequenceClassification, BertModel
 from hfcompress import pipeline
 from hfcompress.errors import DataError, RecipeError
 from hfcompress.recipe import load_recipe
+from hfcompress.tasks import get_task, kind_of
 from tests.methods.teaching.test_other_tokens import letters_tokenizer
 from tests.workshop import SPECIAL, WORDS, save_data, save_model, tiny_tokenizer
 
@@ -71,3 +72,25 @@ def test_a_teacher_with_the_students_tokenizer_reads_the_same_rows(place: Path, 
     save_model(tmp_path / "alike")
     recipe = load_recipe(place / "taught.yaml", [f"teacher={tmp_path}/alike", "steps.learn.distillation.hidden=0"])
     assert [row.name for row in pipeline.run(recipe, tmp_path / "run", quiet=True).rows] == ["teacher", "learn"]
+
+
+def test_a_step_may_change_what_the_student_reads_after_its_teacher_was_made(place: Path, tmp_path: Path) -> None:
+    save_model(tmp_path / "student")
+    steps = """
+  - fine_tune
+    training: {epochs: 1, learning_rate: 1e-3, batch_size: 16, precision: fp32}"""
+    text = RECIPE.format(place=place).replace(f"model: {place}/student", f"model: {tmp_path}/student")
+    text = text.replace(f"teacher: {place}/teacher\n", "")
+    fine_tune = steps.replace("- fine_tune", "- name: fine_tune") + "\n  - vocabulary: {}"
+    (tmp_path / "trimmed.yaml").write_text(text.replace("steps:", "steps:" + fine_tune).replace(", hidden: 0.1", ""))
+    report = pipeline.run(load_recipe(tmp_path / "trimmed.yaml"), tmp_path / "run", quiet=True)
+    assert [row.name for row in report.rows] == ["fine_tune", "vocabulary", "learn"]
+    assert report.rows[2].parameters < report.rows[0].parameters
+
+
+def test_a_teacher_that_is_told_which_text_is_which_reads_its_own_rows() -> None:
+    kind = kind_of(get_task("mrpc"))
+    one, other = tiny_tokenizer(), tiny_tokenizer()
+    other.model_input_names = ["input_ids", "token_type_ids", "attention_mask"]  # BERT has them, DistilBERT not
+    assert one.get_vocab() == other.get_vocab()
+    assert kind.processor_key(one) != kind.processor_key(other)

@@ -115,3 +115,8 @@ def test_what_cannot_teach_is_refused_by_name(place: Path, tmp_path: Path) -> No
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="train"):
         pipeline.run(load_recipe(place / "taught.yaml", [f"unlabelled={tmp_path}/empty"]), tmp_path / "run", quiet=True)
+
+
+def test_each_teacher_has_a_weight(place: Path) -> None:
+    with pytest.raises(RecipeError, match=r"teacher_weights.*has 2 entries for 1 teacher"):
+        load_recipe(place / "taught.yaml", ["more_teachers=[]"])

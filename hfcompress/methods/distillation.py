@@ -7,6 +7,7 @@ left to TRL (`GKDTrainer`).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -18,7 +19,7 @@ from hfcompress.configuration import Config
 from hfcompress.errors import CompressionError
 from hfcompress.methods.registry import Context, Method, register
 from hfcompress.methods.teaching.cache import TeacherCache
-from hfcompress.methods.teaching.checks import check_rows, label_order
+from hfcompress.methods.teaching.checks import check_rows, label_order, require_same_vocabulary, same_problem
 from hfcompress.methods.teaching.filling import fill
 from hfcompress.methods.teaching.intermediate import Intermediate, Weights
 from hfcompress.methods.teaching.losses import (
@@ -172,6 +173,7 @@ class DistillationPart(Part):
         self._sources: list[Source] = []
         self._orders: list[list[int] | None] = []
         self._between: Intermediate | None = None
+        self._problem: str | None = None
         self._model: PreTrainedModel | None = None
         self._step, self._stage_steps = 0, 0
 
@@ -185,7 +187,7 @@ class DistillationPart(Part):
             DataError: The rows have no labels that the model could learn.
         """
         if rows is not None:
-            check_rows(rows.dataset, model, needs_labels=self.config.hard > 0)
+            check_rows(rows, model, needs_labels=self.config.hard > 0)
         self._rows = rows
         if self._sources and self._model is model:
             return
@@ -212,6 +214,12 @@ class DistillationPart(Part):
             source.close()
         self._model, self._sources = model, []
         self._orders = [self._order(model, *each) for each in zip(self.teachers, self._tokens, strict=True)]
+        self._problem = same_problem(model, self.teachers) if self.config.soft > 0 else None
+        if self.config.cache_top_k and any(order is not None for order in self._orders):
+            raise CompressionError(
+                f"cache_top_k keeps the likeliest of a vocabulary, and a {type(model).__name__} predicts labels",
+                hint="Leave cache_top_k out: a few labels take little room.",
+            )
         self._between = Intermediate(self.config, model, self.teachers[0]) if any(self.config.between) else None
         if self.config.cache and model.loss_type == "ForQuestionAnswering":
             raise CompressionError(
@@ -227,9 +235,9 @@ class DistillationPart(Part):
         if tokens is not None:
             outputs, attention = self.config.soft > 0, self.config.attention > 0
             refuse_what_tokens_cannot_say(model, teacher, outputs=outputs, attention=attention)
-            if not outputs:
-                return None
-        return label_order(model, teacher, same_tokens=tokens is None)
+        else:
+            require_same_vocabulary(model, teacher)
+        return label_order(model, teacher) if self.config.soft > 0 else None
 
     def _translated(self, source: LiveTeacher | TeacherCache, index: int) -> Source:
         tokens = self._tokens[index]
@@ -243,7 +251,8 @@ class DistillationPart(Part):
 
     def _asked(self) -> list[Asked]:
         first = self._between.asked if self._between else Asked()
-        return [first] + [Asked()] * (len(self.teachers) - 1)
+        others = [Asked(logits=self.config.soft > 0)] * (len(self.teachers) - 1)
+        return [replace(first, logits=self.config.soft > 0), *others]
 
     def parameters(self) -> Sequence[torch.nn.Parameter]:
         """Returns the projections' weights."""
@@ -257,7 +266,7 @@ class DistillationPart(Part):
         """
         if self._model is not model:
             self._match(model)
-        if not self._sources:
+        if self.teachers:
             for teacher in self.teachers:
                 if teacher.device != device:
                     teacher.to(device)  # type: ignore[arg-type]
@@ -301,6 +310,11 @@ class DistillationPart(Part):
         if not compares_outputs and not self._compares_between:
             return {}
         ids = inputs.get(EXAMPLE_ID)
+        if ids is None and self.numbered:
+            raise CompressionError(
+                f"a batch lacks '{EXAMPLE_ID}', by which the teacher's answers are found",
+                hint="The collator must pass it on; or set cache: false, and take a teacher with the same tokenizer.",
+            )
         inputs = {name: value for name, value in inputs.items() if name != EXAMPLE_ID}
         counted = positions(self._student, inputs)
         terms: dict[str, torch.Tensor] = {}
@@ -313,6 +327,9 @@ class DistillationPart(Part):
                 if counted is not None and signals.aligned is not None:
                     at = counted & signals.aligned
                 loss = self._shares[index] * self._output_loss(inputs, outputs, signals, order, at)
+                if at is not None and at is not counted:
+                    # A mean over all that `items` counts; it is 0 where no token of the teacher's says anything.
+                    loss = loss * at.sum() / counted.sum().clamp(min=1)  # type: ignore[union-attr]
                 terms["soft"] = terms["soft"] + loss if index else loss
             if not index and self._compares_between and self._between:
                 terms |= self._between.losses(self._student, inputs, outputs, signals)
@@ -335,11 +352,12 @@ class DistillationPart(Part):
             return weighted_mean(top_k_forward_kl(student, teacher, taught.indices, temperature))
         if order is not None and order != sorted(order):
             teacher = teacher[..., order]
-        if order is not None and config.num_labels == 1 and config.problem_type != "multi_label_classification":
+        one = order is not None and config.num_labels == 1 and self._problem != "multi_label_classification"
+        if one or self._problem == "regression":
             return weighted_mean(logit_mse(student, teacher))
         labels = inputs.get("labels")
         several = labels is not None and labels.dim() == 2 and labels.is_floating_point() and order is not None
-        if several or config.problem_type == "multi_label_classification":
+        if several or self._problem == "multi_label_classification":
             return weighted_mean(multi_label(student, teacher, temperature))
         return weighted_mean(OUTPUT_LOSSES[self.config.soft_loss](student, teacher, temperature))
 
@@ -347,12 +365,16 @@ class DistillationPart(Part):
         """Goes on to the outputs when the first stage is over."""
         self._at_step(step)
 
-    def end(self, model: PreTrainedModel) -> dict[str, Any]:
-        """Lets go of the teachers and says how the student was taught."""
+    def release(self) -> None:
+        """Lets go of teachers and student; another training takes them up again."""
         for source in self._sources:
             source.close()
-        if self._between:
-            self._between.end(model)
+        if self._between and self._model is not None:
+            self._between.end(self._model)
+
+    def end(self, model: PreTrainedModel) -> dict[str, Any]:
+        """Lets go of the teachers and says how the student was taught."""
+        self.release()
         said: dict[str, Any] = {"teacher": " + ".join(self._names), "temperature": self.config.temperature}
         if self._between:
             said["layers"] = self._between.said

@@ -6,32 +6,24 @@ import.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 
 from hfcompress.configuration import Config
-from hfcompress.errors import CheckpointError, TrainingError
+from hfcompress.errors import TrainingError
+from hfcompress.methods.checkpointing import PARTS_FILE, CheckpointingTrainer
 from hfcompress.methods.registry import Context, method_of, methods
-from hfcompress.methods.resuming import (
-    last_whole_checkpoint,
-    require_same_shape,
-    require_whole,
-    write_manifest,
-)
+from hfcompress.methods.resuming import last_whole_checkpoint
+from hfcompress.methods.teaching.signals import output_logits
 from hfcompress.methods.training import EXAMPLE_ID, NumberedRows, Part, Rows, shifts_labels
-from hfcompress.modeling.adapters import load_adapters
-from hfcompress.modeling.checkpoint import commit, replace_directory
+from hfcompress.modeling.checkpoint import commit
 from hfcompress.modeling.surgery import in_pivoted_form, in_two_factors
-
-PARTS_FILE = "hfcompress_parts.safetensors"
 
 
 def _has_no_label(inputs: Mapping[str, Any]) -> bool:
@@ -63,7 +55,7 @@ class _RunParts(TrainerCallback):
         self.trainer._end_parts()
 
 
-class CompressionTrainer(Trainer):
+class CompressionTrainer(CheckpointingTrainer):
     """A `transformers.Trainer` that can distil, prune, or both in one run.
 
     Losses of the parts are added to the model's own, every term normalised over the whole accumulation window
@@ -111,9 +103,8 @@ class CompressionTrainer(Trainer):
                 method = method_of(config)
                 assert method.part is not None, method.name
                 made.append(method.part(config, context))
-        self.parts: tuple[Part, ...] = (*made, *parts)
+        self.parts = (*made, *parts)
         self.findings: list[dict[str, Any]] = []
-        self._resume_from: Path | None = None
         self._pivoted: list[str] = []
         self._terms: dict[str, torch.Tensor] = {}
         self._terms_seen = 0
@@ -144,17 +135,19 @@ class CompressionTrainer(Trainer):
         share = self._share_of_window(inputs, num_items_in_batch)
         labelled = dict(inputs)
         inputs = {name: value for name, value in inputs.items() if name != EXAMPLE_ID}
+        if self.label_smoother is not None and "labels" in inputs and "decoder_input_ids" not in inputs:
+            inputs |= self._decoder_inputs(inputs["labels"])
         extra: dict[str, Any] = {}
         for part in self.parts:
             extra |= part.forward_arguments()
         outputs: Any
         if self.parts and not set(self.label_names) & set(inputs):
             outputs = model(**inputs, **extra)
-            loss = outputs["logits"].sum() * 0.0
+            loss = output_logits(outputs, inputs).sum() * 0.0
         else:
             loss, outputs = super().compute_loss(model, {**inputs, **extra}, return_outputs=True)
             if _has_no_label(inputs):
-                loss = outputs["logits"].sum() * 0.0  # a mean over no label is not a number
+                loss = output_logits(outputs, inputs).sum() * 0.0  # a mean over no label is not a number
         terms: dict[str, torch.Tensor] = {"labels": loss}
         shares: dict[str, Any] = {"labels": share}
         for index, part in enumerate(self.parts):
@@ -177,6 +170,12 @@ class CompressionTrainer(Trainer):
         total = torch.stack([term.float() * shares[name] for name, term in terms.items()]).sum()
         return (total, outputs) if return_outputs else total
 
+    def _decoder_inputs(self, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Returns what an encoder-decoder makes of the labels itself, unless they are smoothed and kept from it."""
+        model = self.accelerator.unwrap_model(self.model)
+        shift = getattr(model, "prepare_decoder_input_ids_from_labels", None)
+        return {"decoder_input_ids": shift(labels=labels)} if shift and model.config.is_encoder_decoder else {}
+
     def _share_of_window(self, inputs: Mapping[str, Any], items: torch.Tensor | int | None) -> torch.Tensor | float:
         """Returns what share of the accumulation window's labels this batch holds, times the processes.
 
@@ -184,6 +183,8 @@ class CompressionTrainer(Trainer):
         whatever their padding, and the mean that DDP takes over processes is the mean over all labels.
         """
         labels = inputs.get("labels")
+        if items is not None and labels is None and "start_positions" in inputs:
+            return len(inputs["start_positions"]) * self._processes / torch.as_tensor(items).clamp(min=1)
         if items is None or labels is None:
             return 1.0 / self.current_gradient_accumulation_steps
         here = labels[..., 1:] if self._loss_shifts_labels else labels
@@ -202,6 +203,9 @@ class CompressionTrainer(Trainer):
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
         """Counts, over the accumulation window and all processes, what each part's losses are means over."""
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if items is None and batches and "start_positions" in batches[0]:  # answers are counted by nobody else
+            items = torch.tensor(sum(len(batch["start_positions"]) for batch in batches), device=device)
+            items = self.accelerator.gather(items).sum() if self._processes > 1 else items  # type: ignore[union-attr]
         self._window = [self._count_items(part, batches, device) for part in self.parts]
         return batches, items
 
@@ -321,6 +325,7 @@ class CompressionTrainer(Trainer):
         if resume_from_checkpoint is True:
             newest = last_whole_checkpoint(Path(str(self.args.output_dir)))
             resume_from_checkpoint = str(newest) if newest else None
+        self._refuse_reentrant_checkpointing()
         self._forget_stale_optimizer()
         model = self.accelerator.unwrap_model(self.model)
         if self.optimizer is None and isinstance(model, PreTrainedModel):
@@ -333,6 +338,15 @@ class CompressionTrainer(Trainer):
         except BaseException:
             self._let_go()
             raise
+
+    def _refuse_reentrant_checkpointing(self) -> None:
+        """Its gradients pass by what hooks and attention maps take out of a layer."""
+        asked = self.args.activation_checkpointing_kwargs if self.args.activation_checkpointing else None
+        if self.parts and isinstance(asked, dict) and asked.get("use_reentrant"):
+            raise TrainingError(
+                "reentrant activation checkpointing gives no gradients of what lies between inputs and outputs",
+                hint='Set activation_checkpointing_kwargs={"use_reentrant": False}, which is the default.',
+            )
 
     def _forget_stale_optimizer(self) -> None:
         """Drops an optimizer of weights that a training before has replaced by smaller or pivoted ones."""
@@ -357,58 +371,6 @@ class CompressionTrainer(Trainer):
             model = self.accelerator.unwrap_model(self.model)
             in_pivoted_form(model, self._pivoted)
             commit(model)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        checkpoint = Path(resume_from_checkpoint)
-        require_whole(checkpoint)
-        if self.parts and not (checkpoint / PARTS_FILE).exists():
-            raise CheckpointError(
-                f"{checkpoint} was written by another kind of training: it has no {PARTS_FILE}",
-                hint="Start the run again in an empty folder.",
-            )
-        require_same_shape(checkpoint, self.accelerator.unwrap_model(self.model))
-        self._resume_from = checkpoint
-        if not load_adapters(self.accelerator.unwrap_model(self.model), checkpoint):
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-
-    def _load_best_model(self) -> None:
-        checkpoint = Path(str(self.state.best_model_checkpoint))
-        require_whole(checkpoint)
-        require_same_shape(checkpoint, self.accelerator.unwrap_model(self.model))
-        if not load_adapters(self.accelerator.unwrap_model(self.model), checkpoint):
-            super()._load_best_model()
-
-    def _get_output_dir(self, trial: Any) -> str:
-        folder = super()._get_output_dir(trial)
-        return os.path.join(folder, ".partial") if getattr(self, "_staging", False) else folder
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Writes a checkpoint aside and moves it to its place with one rename."""
-        folder = Path(self._get_output_dir(trial))
-        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        staged, final = folder / ".partial" / name, folder / name
-        self._staging = True
-        try:
-            super()._save_checkpoint(model, trial)
-        finally:
-            self._staging = False
-        if self.state.best_global_step:
-            self.state.best_model_checkpoint = str(folder / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}")
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            self.state.save_to_json(str(staged / "trainer_state.json"))
-            if self.parts:
-                state = {f"{i}.{k}": v for i, part in enumerate(self.parts) for k, v in part.state().items()}
-                save_file(state, staged / PARTS_FILE)
-            write_manifest(staged)
-            replace_directory(staged, final)
-            rotate_checkpoints(
-                output_dir=str(folder),
-                save_total_limit=self.args.save_total_limit,
-                best_model_checkpoint=self.state.best_model_checkpoint,
-                use_mtime=False,
-            )
-        self.accelerator.wait_for_everyone()
 
 
 class DistillationTrainer(CompressionTrainer):

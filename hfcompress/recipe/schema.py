@@ -317,9 +317,19 @@ def order_problems(steps: Sequence[Outline]) -> list[Problem]:
 
 
 def unheard_problems(header: Header, steps: Sequence[Outline]) -> list[Problem]:
-    """Returns which fields say something to steps that learn from a teacher, where there is none."""
-    if any(method.name == "distillation" for step in steps for method in step.methods):
-        return []
+    """Returns which fields say something to steps that learn from a teacher, where there is none, or to other ones."""
+    taught = [(n, step) for n, step in enumerate(steps) if any(each.name == "distillation" for each in step.methods)]
+    if taught:
+        teachers = 1 + len(header.more_teachers)
+        return [
+            Problem(
+                ("steps", index, "distillation", "teacher_weights"),
+                f"has {len(weights)} entries for {teachers} teacher{'s' * (teachers > 1)}",
+            )
+            for index, step in taught
+            for config in step.configs
+            if (weights := getattr(config, "teacher_weights", ())) and len(weights) != teachers
+        ]
     message = "no step learns from a teacher; add `distillation` to one, or leave the field out"
     fields = ("more_teachers", "unlabelled", "augmentation")
     return [Problem((field,), message) for field in fields if getattr(header, field)]

@@ -31,7 +31,7 @@ class Layout:
     Attributes:
         rows: Number of rows.
         per_token: Whether logits are kept for every token.
-        width: Outputs kept at a position.
+        width: Outputs kept at a position; 0 where none are.
         top_k: Whether those are the largest only.
         hidden: By place, as JSON: width and dtype.
         tokens: Number of real tokens in all rows, as far as it is known before.
@@ -114,7 +114,13 @@ class TeacherCache:
             )
         assert stored is not None
         self.layout = Layout(**{**stored["layout"], "hidden": dict(stored["layout"]["hidden"])})
-        self._open = [self._map(shard_file(folder, index)) for index in range(self.layout.shards)]
+        self._open: list[dict[str, torch.Tensor]] = []
+        self._maps()
+
+    def _maps(self) -> list[dict[str, torch.Tensor]]:
+        if not self._open:  # at first, and in a training after the one that closed it
+            self._open = [self._map(shard_file(self.folder, index)) for index in range(self.layout.shards)]
+        return self._open
 
     def _map(self, shard: Path) -> dict[str, torch.Tensor]:
         try:
@@ -125,7 +131,7 @@ class TeacherCache:
         return tensors
 
     def _row(self, number: int, name: str, *, per_token: bool) -> torch.Tensor:
-        shard, row = self._open[number // self.layout.shard_rows], number % self.layout.shard_rows
+        shard, row = self._maps()[number // self.layout.shard_rows], number % self.layout.shard_rows
         if not per_token:
             return shard[name][row : row + 1]
         ends = shard[ends_name(name)]
@@ -148,16 +154,16 @@ class TeacherCache:
             CheckpointError: A row has another length now than when the cache was made.
         """
         numbers, device = ids.tolist(), ids.device
-        names = ("logits", "indices") if self.layout.top_k else ("logits",)
+        names = () if not self.layout.width else ("logits", "indices") if self.layout.top_k else ("logits",)
         read = {name: self._rows(numbers, name, per_token=self.layout.per_token) for name in names}
-        if counted is not None:
+        if counted is not None and read:
             mask = self._mask(inputs, counted)
             self._require(len(read["logits"]), mask)
             chosen = counted[mask].cpu()
             read = {name: tensor[chosen] for name, tensor in read.items()}
         return Signals(
-            logits=read["logits"].to(device),
-            indices=read["indices"].long().to(device) if self.layout.top_k else None,
+            logits=read["logits"].to(device) if read else None,
+            indices=read["indices"].long().to(device) if "indices" in read else None,
             hidden={place: self._hidden(inputs, numbers, place) for place in self._places()},
         )
 

@@ -2,54 +2,79 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence, Set
 from typing import Any
 
+import numpy as np
+import torch
 from transformers import PreTrainedModel
 
 from hfcompress.errors import CompressionError, DataError
 from hfcompress.methods.teaching.signals import is_token_level
+from hfcompress.methods.training import Rows, shifts_labels
 
-_LABELS = ("labels", "label", "label_ids")
+_LABELS = ("labels", "label", "label_ids", "start_positions")
 
 
-def check_rows(dataset: Any, model: PreTrainedModel, *, needs_labels: bool) -> None:
+def check_rows(rows: Rows, model: PreTrainedModel, *, needs_labels: bool) -> None:
     """Refuses training rows that a student cannot learn from.
 
     Args:
-        dataset: Rows; only lists and `datasets.Dataset`s are looked into, since other rows may be costly to make.
+        rows: The training set; only lists and `datasets.Dataset`s are looked through, since other rows may be costly to
+            make.
         model: The student.
         needs_labels: Whether the loss on the labels counts.
 
     Raises:
         DataError: There are no rows, no labels, or labels that the model does not have.
     """
-    if not hasattr(dataset, "__len__"):
-        return
+    dataset = rows.dataset
     if len(dataset) == 0:
         raise DataError("the training set is empty: it has no rows")
     values = _labels(dataset)
     if values is None:
         first = dataset[0]
-        if needs_labels and hasattr(first, "keys") and not set(_LABELS) & set(first.keys()):
+        if needs_labels and hasattr(first, "keys") and not set(_LABELS) & {*first.keys(), *_collated(rows)}:
             raise DataError(
                 f"the training rows have no column 'labels'; they have {', '.join(map(str, first))}",
-                hint="Add labels, or set hard: 0 to learn from the teacher alone.",
+                hint="Add labels, let the collator make them, or set hard: 0 to learn from the teacher alone.",
             )
         return
-    if is_token_level(model) or _count(model) < 2 or not all(type(value) is int for value in values):
+    if model.loss_type == "ForQuestionAnswering":
+        return  # any place is an answer
+    of_tokens = model.loss_type == "ForTokenClassification"
+    if _count(model) < 2 or (is_token_level(model) and not of_tokens):
         return
-    known = [value for value in values if value != -100]
-    wrong = next((row for row, value in enumerate(values) if value != -100 and not 0 <= value < _count(model)), None)
-    if wrong is not None:
+    if not of_tokens and any(np.ndim(value) for value in values):
+        return  # several labels at once
+    _check_labels(values, _count(model), needs_labels=needs_labels)
+
+
+def _collated(rows: Rows) -> Set[str]:
+    """Returns what a batch holds: collators of language models make the labels."""
+    with torch.random.fork_rng(devices=[]):
+        return rows.batch(range(1)).keys()
+
+
+def _check_labels(values: Sequence[Any], count: int, *, needs_labels: bool) -> None:
+    each = [np.asarray(value).reshape(-1) for value in values]
+    found = np.concatenate(each)
+    if found.dtype.kind not in "iu":
+        return  # numbers, or names
+    known = found != -100
+    wrong = np.flatnonzero(known & ((found < 0) | (found >= count)))
+    if len(wrong):
+        row = int(np.searchsorted(np.cumsum([len(some) for some in each]), wrong[0], side="right"))
         raise DataError(
-            f"row {wrong} of the training set has label {values[wrong]}; the model's are 0 to {_count(model) - 1}",
-            hint="Rows without a label (-1 in GLUE's test sets) cannot be trained on; mark them -100 to learn from "
-            "the teacher alone there.",
+            f"row {row} of the training set has label {found[wrong[0]]}; the model's are 0 to {count - 1}",
+            hint="Rows without a label (-1 in GLUE's test sets) cannot be trained on; mark them -100 to learn "
+            "from the teacher alone there.",
         )
-    if needs_labels and not known:
+    if needs_labels and not known.any():
         raise DataError("no training row has a label", hint="Set hard: 0 to learn from the teacher alone.")
-    if needs_labels and len(known) > 1 and len(set(known)) == 1:
-        raise DataError(f"every training row has label {known[0]}: there is nothing to tell apart")
+    only = np.unique(found[known])
+    if needs_labels and known.sum() > 1 and len(only) == 1:
+        raise DataError(f"every training row has label {only[0]}: there is nothing to tell apart")
 
 
 def _count(model: PreTrainedModel) -> int:
@@ -67,27 +92,31 @@ def _labels(dataset: Any) -> list[Any] | None:
     return None
 
 
-def label_order(student: PreTrainedModel, teacher: PreTrainedModel, *, same_tokens: bool = True) -> list[int] | None:
-    """Returns the teacher's output for each of the student's labels, by name; None where tokens are predicted.
-
-    Args:
-        student: The student.
-        teacher: The teacher.
-        same_tokens: Whether both read the same tokens, as they must where the teacher is not told the texts.
+def require_same_vocabulary(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
+    """Refuses a teacher of another vocabulary, which cannot read the student's tokens.
 
     Raises:
-        CompressionError: Labels, vocabularies or kinds of outputs differ.
+        CompressionError: The vocabularies differ in size.
     """
-    ours, theirs = student.config, teacher.config
-    if same_tokens and getattr(ours, "vocab_size", None) != getattr(theirs, "vocab_size", None):
+    ours, theirs = getattr(student.config, "vocab_size", None), getattr(teacher.config, "vocab_size", None)
+    if ours != theirs:
         raise CompressionError(
-            f"the teacher's vocabulary has {theirs.vocab_size} tokens, the student's {ours.vocab_size}",
+            f"the teacher's vocabulary has {theirs} tokens, the student's {ours}",
             hint="Say what it reads: teacher_tokens=OtherTokens(texts, student_tokenizer, teacher_tokenizer).",
         )
-    if is_token_level(student) != is_token_level(teacher):
+
+
+def label_order(student: PreTrainedModel, teacher: PreTrainedModel) -> list[int] | None:
+    """Returns the teacher's output for each of the student's labels, by name; None where tokens are predicted.
+
+    Raises:
+        CompressionError: Labels or kinds of outputs differ.
+    """
+    ours, theirs = student.config, teacher.config
+    if _kind_of_head(student) != _kind_of_head(teacher):
         raise CompressionError(
             f"a {type(student).__name__} cannot learn from the outputs of a {type(teacher).__name__}",
-            hint="Teacher and student must have the same kind of head.",
+            hint="Teacher and student must have the same kind of head; set soft: 0 to learn what lies between alone.",
         )
     if student.get_output_embeddings() is not None:
         return None
@@ -98,6 +127,32 @@ def label_order(student: PreTrainedModel, teacher: PreTrainedModel, *, same_toke
             hint="Fine-tune the teacher on the same task, or name its labels alike in its config's id2label.",
         )
     return [known.index(name) for name in names]
+
+
+def _kind_of_head(model: PreTrainedModel) -> tuple[bool, bool, bool]:
+    """Returns what two models must have in common for their outputs to be about the same."""
+    return is_token_level(model), shifts_labels(model), model.loss_type == "ForQuestionAnswering"
+
+
+def same_problem(student: PreTrainedModel, teachers: Sequence[PreTrainedModel]) -> str | None:
+    """Returns what transformers calls the problem that models of whole examples solve; None where no config says it.
+
+    Raises:
+        CompressionError: They say different things.
+    """
+    taught = zip(_names(teachers), teachers, strict=True)
+    said = {name: each.config.problem_type for name, each in [("student", student), *taught]}
+    known = {name: problem for name, problem in said.items() if problem}
+    if len(set(known.values())) > 1:
+        raise CompressionError(
+            f"problem_type differs: {', '.join(f'{problem} in the {name}' for name, problem in known.items())}",
+            hint="Say the same in the configs of both.",
+        )
+    return next(iter(known.values()), None)
+
+
+def _names(teachers: Sequence[PreTrainedModel]) -> list[str]:
+    return ["teacher"] if len(teachers) == 1 else [f"teacher {number}" for number in range(1, len(teachers) + 1)]
 
 
 def _label_names(config: Any) -> list[str]:

@@ -54,6 +54,11 @@ def scan(rows: Rows, *, with_labels: bool) -> tuple[str, list[int], list[int]]:
         for name in sorted(set(row) - left_out):
             hasher.update(name.encode())
             feed(hasher, row[name])
+        if with_labels and "labels" not in row:
+            raise CompressionError(
+                "a row has no 'labels', which say how many tokens the teacher's decoder makes",
+                hint="Add labels, or set cache: false.",
+            )
         read.append(len(row.get("input_ids", ())))
         lengths.append(sum(label != -100 for label in row["labels"]) if with_labels else read[-1])
     for name, value in sorted(_repeatable(rows).items()):
@@ -94,8 +99,10 @@ def _look(
     with rows.autocast():
         outputs = run_teacher(teacher, batch, asked)
     states = {state_name(place): at_place(outputs, "hidden_states", place) for place in asked.hidden}
-    logits = outputs["logits"]
-    width = logits.shape[-1] if logits.dim() > 1 else 1
+    width = 0
+    if asked.logits:
+        logits = outputs["logits"]
+        width = logits.shape[-1] if logits.dim() > 1 else 1
     per_token = is_token_level(teacher)
 
     def alike(encoder: bool) -> int:  # images and sound: all rows have as many
@@ -255,16 +262,13 @@ def _make_shard(
     return tensors
 
 
-def _pieces(
+def _logit_pieces(
     teacher: PreTrainedModel,
-    asked: Asked,
     layout: Layout,
     batch: Mapping[str, torch.Tensor],
-    outputs: Any,
+    logits: torch.Tensor,
     temperature: float,
 ) -> Iterator[tuple[str, Sequence[torch.Tensor]]]:
-    """Yields what is kept of a batch: by name, one tensor for each row, whose first axis is the row's positions."""
-    logits = outputs["logits"].float()
     logits = logits.unsqueeze(-1) if logits.dim() == 1 else logits
     if layout.per_token:
         mask = token_mask(teacher, batch, logits.shape[:2])
@@ -277,6 +281,19 @@ def _pieces(
         yield "indices", indices.int().cpu().split(lengths)
     else:
         yield "logits", logits.cpu().split(lengths)
+
+
+def _pieces(
+    teacher: PreTrainedModel,
+    asked: Asked,
+    layout: Layout,
+    batch: Mapping[str, torch.Tensor],
+    outputs: Any,
+    temperature: float,
+) -> Iterator[tuple[str, Sequence[torch.Tensor]]]:
+    """Yields what is kept of a batch: by name, one tensor for each row, whose first axis is the row's positions."""
+    if asked.logits:
+        yield from _logit_pieces(teacher, layout, batch, outputs["logits"].float(), temperature)
     for place in asked.hidden:
         states = at_place(outputs, "hidden_states", place)
         mask = token_mask(teacher, batch, states.shape[:2], place[0])

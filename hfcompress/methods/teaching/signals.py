@@ -95,8 +95,11 @@ def token_mask(
         mask = inputs.get("attention_mask")
     if size is None:
         size = inputs[("decoder_input_ids" if "labels" not in inputs else "labels") if decoding else "input_ids"].shape
-    if mask is not None and mask.shape == size:
-        return mask.bool()
+    # An encoder-decoder that judges whole examples reads their tokens in its decoder too.
+    masks = (mask, inputs.get("attention_mask")) if decoding and not is_token_level(model) else (mask,)
+    for each in masks:
+        if each is not None and each.shape == size:
+            return each.bool()
     some = next(value for value in inputs.values() if isinstance(value, torch.Tensor))
     return torch.ones(size, dtype=torch.bool, device=some.device)
 

@@ -106,7 +106,7 @@ class Kind:
 
     def processor_key(self, processor: Any) -> Any:
         """Returns JSON values that are the same for processors that make the same inputs."""
-        return processor.get_vocab()
+        return {"vocabulary": processor.get_vocab(), "inputs": sorted(processor.model_input_names)}
 
     def encode(self, dataset: Dataset, task: Task, processor: Any, *, max_length: int) -> Dataset:
         """Returns what a model reads and `labels`, by the task's own label ids, not padded."""

@@ -1,0 +1,155 @@
+"""Distilling trainers that are trained again, and what is refused or kept in them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import DataCollatorForSeq2Seq, TrainerCallback
+
+from hfcompress import DistillationConfig, DistillationTrainer
+from hfcompress.errors import CompressionError, TrainingError
+from hfcompress.methods.distillation import DistillationPart
+from hfcompress.methods.resuming import last_whole_checkpoint
+from hfcompress.methods.teaching.filling import fill
+from hfcompress.methods.teaching.signals import Asked, token_mask
+from tests.methods.teaching.test_cache import rows as cached_rows
+from tests.methods.test_distillation import CPU, translator
+from tests.methods.test_trainer import make, weights
+from tests.tiny_models import make as make_model
+from tests.workshop import batches, tiny_classifier, tiny_tokenizer
+
+
+def trained(folder: Path, config: DistillationConfig, **changes: Any) -> Any:
+    teacher = tiny_classifier(9)
+    return make(folder, DistillationTrainer, teacher=teacher, distillation=config, max_steps=2, **changes)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"cache": True, "hidden": 1.0},
+        {"relations": 1.0, "relation_heads": 4},
+        {"attention": 1.0},
+        {"hidden": 1.0, "embeddings": 1.0},
+    ],
+)
+def test_a_second_training_is_taught_as_the_first(values: dict[str, Any], tmp_path: Path) -> None:
+    trainer = trained(tmp_path, DistillationConfig(**values), save_strategy="no")
+    trainer.train()
+    first = weights(trainer)
+    trainer.train()
+    terms = [{name for name in log if name.startswith("loss_")} for log in trainer.state.log_history if "loss" in log]
+    assert len(terms) == 2 and terms[0] == terms[1] >= {"loss_soft", "loss_labels"}
+    assert not torch.equal(weights(trainer)["classifier.weight"], first["classifier.weight"])
+
+
+def test_weights_that_are_lost_are_not_saved_over_the_last_good_ones(tmp_path: Path) -> None:
+    class Overflow(TrainerCallback):
+        def on_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+            if state.global_step == 7:
+                with torch.no_grad():
+                    model.classifier.weight[0, 0] = float("nan")
+
+    trainer = make(tmp_path, callbacks=[Overflow()], save_total_limit=1)
+    with pytest.raises(TrainingError, match=r"step 8: classifier\.weight is no longer finite"):
+        trainer.train()
+    assert last_whole_checkpoint(tmp_path) == tmp_path / "checkpoint-4"
+    assert not (tmp_path / "checkpoint-8").exists()
+
+
+def test_the_likeliest_labels_are_no_vocabulary() -> None:
+    part = DistillationPart(DistillationConfig(cache=True, cache_top_k=2), tiny_classifier(1))
+    with pytest.raises(CompressionError, match="cache_top_k keeps the likeliest of a vocabulary"):
+        part.before_training(tiny_classifier(0), None)
+
+
+def test_a_cache_of_hidden_states_alone_keeps_no_outputs(tmp_path: Path) -> None:
+    data, hidden = cached_rows(tmp_path), (("", 2),)
+    cache = fill(make_model("bert", "", vocab_size=64), Asked(logits=False, hidden=hidden), data, tmp_path)
+    assert {name for shard in cache._maps() for name in shard} == {"hidden.2", "ends"}
+    signals = cache.signals(data.batch([3, 1]), None, torch.tensor([3, 1]))
+    assert signals.logits is None and set(signals.hidden) == set(hidden)
+
+
+def test_a_teacher_without_a_head_teaches_what_lies_between(tmp_path: Path) -> None:
+    config = DistillationConfig(soft=0, hard=1.0, hidden=1.0, cache=True)
+    teacher = tiny_classifier(9).bert
+    trainer = make(tmp_path, DistillationTrainer, teacher=teacher, distillation=config, max_steps=2)
+    trainer.train()
+    assert any("loss_hidden" in log for log in trainer.state.log_history)
+
+
+def test_a_batch_without_the_rows_numbers_is_refused(tmp_path: Path) -> None:
+    trainer = trained(tmp_path, DistillationConfig(cache=True))
+    collate = trainer.data_collator
+
+    def forgetful(features: Any) -> Any:
+        return {name: value for name, value in collate(features).items() if name != "example_id"}
+
+    trainer.data_collator = forgetful
+    with pytest.raises(CompressionError, match="lacks 'example_id'"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("whose", ["student", "teacher"])
+def test_several_numbers_are_compared_as_numbers(whose: str) -> None:
+    student, teacher, batch = tiny_classifier(0), tiny_classifier(1), batches(1, labels=False)[0]
+    (student if whose == "student" else teacher).config.problem_type = "regression"
+    part = DistillationPart(DistillationConfig(soft=1.0, hard=0.0), teacher)
+    part.begin(student, 1, CPU)
+    with torch.no_grad():
+        outputs = student(**batch)
+        wanted = (outputs.logits - teacher(**batch).logits).square().mean()
+    torch.testing.assert_close(part.losses(batch, outputs)["soft"], wanted)
+
+
+def test_padding_does_not_count_in_a_decoder_that_judges_whole_texts() -> None:
+    model = make_model("bart", "SequenceClassification")
+    mask = torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]])
+    inputs = {"input_ids": torch.ones_like(mask), "attention_mask": mask, "labels": torch.tensor([0, 1])}
+    assert torch.equal(token_mask(model, inputs, mask.shape, "decoder_"), mask.bool())
+
+
+def test_reentrant_checkpointing_is_refused(tmp_path: Path) -> None:
+    changes = {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": True}}
+    with pytest.raises(TrainingError, match="reentrant"):
+        trained(tmp_path, DistillationConfig(), **changes).train()
+
+
+def test_smoothed_labels_reach_a_decoder(tmp_path: Path) -> None:
+    student, rows = translator(0), [{"input_ids": [5, 6, 7], "labels": [6, 7, 2]}] * 4
+    trainer = make(
+        tmp_path,
+        DistillationTrainer,
+        model=student,
+        teacher=translator(1),
+        distillation=DistillationConfig(),
+        max_steps=1,
+        label_smoothing_factor=0.1,
+    )
+    trainer.train_dataset, trainer.data_collator = rows, DataCollatorForSeq2Seq(tiny_tokenizer())
+    trainer.train()
+    assert trainer.state.global_step == 1
+
+
+def test_answers_to_questions_accumulate_to_one_batch(tmp_path: Path) -> None:
+    rows = [{"input_ids": [5, 6, 7, 8], "start_positions": n % 3, "end_positions": n % 4} for n in range(10)]
+    losses = []
+    for size, steps in ((16, 1), (4, 3)):
+        trainer = make(
+            tmp_path / str(size),
+            DistillationTrainer,
+            model=make_model("bert", "QuestionAnswering", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0),
+            teacher=make_model("bert", "QuestionAnswering"),
+            distillation=DistillationConfig(),
+            max_steps=1,
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=steps,
+        )
+        trainer.train_dataset = rows
+        trainer.train()
+        losses.append(next(log["loss"] for log in trainer.state.log_history if "loss" in log))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
