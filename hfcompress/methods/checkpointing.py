@@ -6,6 +6,7 @@ Kept apart from `resuming`, whose functions need no Trainer, which takes seconds
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,7 @@ class CheckpointingTrainer(Trainer):
                 save_file(state, staged / PARTS_FILE)
             write_manifest(staged)
             replace_directory(staged, final)
+            shutil.rmtree(staged.parent)  # with what a run that was cut off while it wrote has left there
             rotate_checkpoints(
                 output_dir=str(folder),
                 save_total_limit=self.args.save_total_limit,

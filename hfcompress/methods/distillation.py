@@ -9,19 +9,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any
 
 import torch
-from pydantic import Field, model_validator
 from transformers import PreTrainedModel
 
-from hfcompress.configuration import Config
 from hfcompress.errors import CompressionError
 from hfcompress.methods.registry import Context, Method, register
 from hfcompress.methods.teaching.cache import TeacherCache
 from hfcompress.methods.teaching.checks import check_rows, label_order, require_same_vocabulary, same_problem
+from hfcompress.methods.teaching.config import DistillationConfig
 from hfcompress.methods.teaching.filling import fill
-from hfcompress.methods.teaching.intermediate import Intermediate, Weights
+from hfcompress.methods.teaching.intermediate import Intermediate
 from hfcompress.methods.teaching.losses import (
     OUTPUT_LOSSES,
     logit_mse,
@@ -53,88 +52,6 @@ __all__ = ["DistillationConfig", "DistillationPart", "OtherTokens", "soft_label_
 CACHE_FOLDER = "teacher_cache"
 
 
-class DistillationConfig(Config):
-    """What the student learns from. A weight of 0 leaves a term out.
-
-    Attributes:
-        temperature: Softens both distributions before they are compared.
-        soft: Weight of the loss on the teacher's outputs.
-        hard: Weight of the loss on the labels.
-        soft_loss: How outputs are compared: `forward_kl`, `reverse_kl`, `jensen_shannon`, or `mse` of the logits.
-            Regression takes the squared error and several labels at once binary cross-entropy.
-        hidden: Weight of the loss on hidden states; where widths differ, learned projections go between.
-        hidden_loss: How hidden states are compared: `mse` or `cosine`.
-        attention: Weight of the loss on attention maps, which need as many heads in the student as in the teacher;
-            both models compute attention eagerly then, which is slower.
-        relations: Weight of MiniLMv2's loss on how queries, keys and values relate; heads may differ in number.
-        relation_heads: Relation heads; by default as many as the teacher's layer has heads.
-        relation_layers: The student's layer and the teacher's whose relations are compared; by default the last
-            ones that have their attention.
-        embeddings: Weight of the loss on what comes out of the embeddings, compared as hidden states are.
-        layers: Which of the student's layers learn from which of the teacher's, for hidden states and attention:
-            `uniform`, `last`, `skip`, or pairs such as [[1, 2], [2, 4]]. Where a layer's attention was taken out,
-            the rules leave its maps out.
-        stage: Share of the steps in which only hidden states, attention, relations and embeddings are learnt; the
-            outputs and labels have the steps after it for themselves. 0 learns all together.
-        teacher_weights: How much each of several teachers counts for the outputs; alike by default. Only the first
-            teaches what lies between.
-        cache: Keeps the teacher's outputs (and the hidden states that are compared) on disk, so that it runs over
-            each row once and needs no memory in training; the rows must be the same in each epoch.
-        cache_top_k: With `cache`, keeps only so many of the largest probabilities, for large vocabularies; the
-            rest counts as one. 64 of them take 384 bytes a token.
-    """
-
-    temperature: float = Field(2.0, gt=0, le=100)
-    soft: float = Field(0.5, ge=0, le=1000)
-    hard: float = Field(0.5, ge=0, le=1000)
-    soft_loss: Literal["forward_kl", "reverse_kl", "jensen_shannon", "mse"] = "forward_kl"
-    hidden: float = Field(0.0, ge=0, le=1000)
-    hidden_loss: Literal["mse", "cosine"] = "mse"
-    attention: float = Field(0.0, ge=0, le=1000)
-    relations: float = Field(0.0, ge=0, le=1000)
-    relation_heads: int | None = Field(None, ge=1, le=4096)
-    relation_layers: tuple[int, int] | None = None
-    embeddings: float = Field(0.0, ge=0, le=1000)
-    layers: Literal["uniform", "last", "skip"] | tuple[tuple[int, int], ...] = "uniform"
-    stage: float = Field(0.0, ge=0, le=1)
-    teacher_weights: tuple[float, ...] = Field((), strict=False)
-    cache: bool = False
-    cache_top_k: int | None = Field(None, ge=1, le=1_000_000)
-
-    @property
-    def between(self) -> Weights:
-        """The weights of what lies between inputs and outputs."""
-        return Weights(self.hidden, self.attention, self.relations, self.embeddings)
-
-    @model_validator(mode="after")
-    def _something_to_learn(self) -> Self:
-        if self.soft == 0 and self.hard == 0 and not any(self.between):
-            raise ValueError("all weights, soft and hard too, are 0: there is nothing to learn from")
-        return self
-
-    @model_validator(mode="after")
-    def _stages_have_work(self) -> Self:
-        if self.stage > 0 and not any(self.between):
-            raise ValueError("stage: there is nothing to learn first: give hidden, attention, relations or embeddings")
-        if 0 < self.stage < 1 and self.soft == 0 and self.hard == 0:
-            raise ValueError("stage: there is nothing to learn after it: soft and hard are both 0")
-        return self
-
-    @model_validator(mode="after")
-    def _cache_can_hold_it(self) -> Self:
-        if self.cache and (self.attention or self.relations):
-            raise ValueError("cache: attention and relations are not cached; set them to 0, or cache to false")
-        if self.cache_top_k and not (self.cache and self.soft_loss == "forward_kl"):
-            raise ValueError("cache_top_k needs cache: true and soft_loss: forward_kl")
-        return self
-
-    @model_validator(mode="after")
-    def _teachers_count(self) -> Self:
-        if self.teacher_weights and (min(self.teacher_weights) < 0 or sum(self.teacher_weights) == 0):
-            raise ValueError("teacher_weights must not be negative, and at least one must be more than 0")
-        return self
-
-
 class DistillationPart(Part):
     """Adds what teachers teach to training.
 
@@ -153,7 +70,7 @@ class DistillationPart(Part):
         cache_dir: Path | None = None,
         tokens: OtherTokens | Sequence[OtherTokens | None] | None = None,
     ) -> None:
-        self.config = config
+        self.config = self._now = config
         self.label_weight = config.hard
         self.teachers = [teacher] if isinstance(teacher, PreTrainedModel) else list(teacher)
         several = [tokens] * len(self.teachers) if tokens is None or isinstance(tokens, OtherTokens) else list(tokens)
@@ -175,7 +92,7 @@ class DistillationPart(Part):
         self._between: Intermediate | None = None
         self._problem: str | None = None
         self._model: PreTrainedModel | None = None
-        self._step, self._stage_steps = 0, 0
+        self._step, self._stage_steps, self._total_steps = 0, 0, 1
 
     # Before training
 
@@ -274,12 +191,13 @@ class DistillationPart(Part):
             self._sources = [self._translated(LiveTeacher(*each), index) for index, each in pairs]
         if self._between:
             self._between.begin(model, device)
-        self._stage_steps = round(total_steps * self.config.stage)
+        self._stage_steps, self._total_steps = round(total_steps * self.config.stage), max(1, total_steps)
         self._at_step(0)
 
     def _at_step(self, step: int) -> None:
         self._step = step
-        self.label_weight = 0.0 if self._first_stage else self.config.hard
+        self._now = self.config.at(step / self._total_steps)
+        self.label_weight = 0.0 if self._first_stage else self._now.hard
 
     @property
     def _first_stage(self) -> bool:
@@ -332,9 +250,9 @@ class DistillationPart(Part):
                     loss = loss * at.sum() / counted.sum().clamp(min=1)  # type: ignore[union-attr]
                 terms["soft"] = terms["soft"] + loss if index else loss
             if not index and self._compares_between and self._between:
-                terms |= self._between.losses(self._student, inputs, outputs, signals)
+                terms |= self._between.losses(self._student, inputs, outputs, signals, self._now.between)
         if "soft" in terms:
-            terms["soft"] = self.config.soft * terms["soft"]
+            terms["soft"] = self._now.soft * terms["soft"]
         return terms
 
     def _output_loss(
@@ -347,7 +265,7 @@ class DistillationPart(Part):
     ) -> torch.Tensor:
         student, teacher = at_positions(output_logits(outputs, inputs), counted), taught.logits
         assert teacher is not None
-        config, temperature = self._student.config, self.config.temperature
+        config, temperature = self._student.config, self._now.temperature
         if taught.indices is not None:
             return weighted_mean(top_k_forward_kl(student, teacher, taught.indices, temperature))
         if order is not None and order != sorted(order):

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -190,11 +189,9 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_term(tmp_path: Path) -> N
 
 
 def test_checkpoints_leave_no_litter(tmp_path: Path) -> None:
+    (tmp_path / "run" / ".partial" / "checkpoint-4").mkdir(parents=True)  # of a run that was cut off there
     make(tmp_path / "run").train()
-    left = sorted(path.name for path in (tmp_path / "run").iterdir())
-    assert [name for name in left if name.startswith("checkpoint-")] == ["checkpoint-12", "checkpoint-8"]
-    assert not any("old" in name for name in left)
-    shutil.rmtree(tmp_path / "run")
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["checkpoint-12", "checkpoint-8"]
 
 
 def test_without_parts_it_trains_like_any_trainer(tmp_path: Path) -> None:

@@ -192,9 +192,14 @@ class Intermediate:
             self._was_attention = None
 
     def losses(
-        self, model: PreTrainedModel, inputs: Mapping[str, torch.Tensor], outputs: Any, taught: Signals
+        self,
+        model: PreTrainedModel,
+        inputs: Mapping[str, torch.Tensor],
+        outputs: Any,
+        taught: Signals,
+        weights: Weights,
     ) -> dict[str, torch.Tensor]:
-        """Returns the weighted terms by name."""
+        """Returns the terms by name, weighted as `weights` says."""
         counts = example_weights(model, inputs)
         found: dict[str, list[torch.Tensor]] = {}
         compare = HIDDEN_LOSSES[self.config.hidden_loss]
@@ -216,9 +221,9 @@ class Intermediate:
                 relation_divergence(own, other, self.relation_heads, mask)
                 for own, other in zip(ours, taught.relations, strict=True)
             ]
-        weights = self.weights._asdict()
+        by_name = weights._asdict()
         return {
-            name: weights[name] * weighted_mean(torch.stack(values).mean(0), counts) for name, values in found.items()
+            name: by_name[name] * weighted_mean(torch.stack(values).mean(0), counts) for name, values in found.items()
         }
 
     # Projections

@@ -10,7 +10,7 @@ import torch
 from transformers import DataCollatorForSeq2Seq, TrainerCallback
 
 from hfcompress import DistillationConfig, DistillationTrainer
-from hfcompress.errors import CompressionError, TrainingError
+from hfcompress.errors import CompressionError, ConfigError, TrainingError
 from hfcompress.methods.distillation import DistillationPart
 from hfcompress.methods.resuming import last_whole_checkpoint
 from hfcompress.methods.teaching.filling import fill
@@ -153,3 +153,43 @@ def test_answers_to_questions_accumulate_to_one_batch(tmp_path: Path) -> None:
         trainer.train()
         losses.append(next(log["loss"] for log in trainer.state.log_history if "loss" in log))
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_weights_and_temperature_go_to_what_they_are_in_the_end(tmp_path: Path) -> None:
+    final = {"soft": 0.0, "hard": 2.0, "temperature": 1.0, "hidden": 0.0}
+    config = DistillationConfig(soft=1.0, hard=1.0, temperature=3.0, hidden=4.0, final=final)
+    assert (config.at(0.5).soft, config.at(0.5).hard, config.at(0.5).temperature) == (0.5, 1.5, 2.0)
+    student, teacher, batch = tiny_classifier(0), tiny_classifier(1), batches(1)[0]
+    part = DistillationPart(config, teacher)
+    part.begin(student, 4, CPU)
+    plain = DistillationPart(DistillationConfig(soft=1.0, temperature=2.0, hidden=1.0), teacher)
+    plain.begin(student, 4, CPU)
+    with torch.no_grad():
+        outputs = student(**batch, output_hidden_states=True)
+        whole = plain.losses(batch, outputs)
+        for step, (soft, hidden, hard) in {0: (None, 4.0, 1.0), 2: (0.5, 2.0, 1.5), 4: (0.0, 0.0, 2.0)}.items():
+            part.after_step(step)
+            terms = part.losses(batch, outputs)
+            torch.testing.assert_close(terms["hidden"], hidden * whole["hidden"])
+            assert part.label_weight == hard
+            if soft is not None:
+                torch.testing.assert_close(terms["soft"], soft * whole["soft"])
+    resumed = DistillationPart(config, teacher)
+    resumed.begin(student, 4, CPU)
+    resumed.load_state({"step": torch.tensor(2)})
+    assert resumed.label_weight == 1.5
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        ({"final": {"relations": 1.0}}, "relations is 0"),
+        ({"final": {"temperature": 0.0}}, "temperature should be over 0"),
+        ({"final": {"temperature": 1.0}, "cache": True, "cache_top_k": 4}, "at one temperature"),
+        ({"final": {"stage": 1.0}}, "stage"),
+        ({"final": {"soft": -1.0}}, "soft"),
+    ],
+)
+def test_an_end_that_cannot_be_reached_is_refused(values: dict[str, Any], says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        DistillationConfig(**values)
