@@ -237,6 +237,31 @@ KINDS = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+@pytest.mark.parametrize("kind", ["examples", "causal", "seq2seq"])
+def test_activation_checkpointing_changes_nothing(tmp_path: Path, kind: str) -> None:
+    build, data, collator = KINDS[kind]
+    results = []
+    for checkpointing in (False, True):
+        trainer = train(
+            tmp_path / str(checkpointing),
+            build(0),
+            teacher=build(9),
+            distillation=DistillationConfig(hidden=1.0, embeddings=1.0, attention=1.0, relations=1.0, relation_heads=2),
+            train_dataset=data(16),
+            data_collator=collator(tiny_tokenizer()),
+            max_steps=2,
+            save_strategy="no",
+            activation_checkpointing=checkpointing,
+        )
+        assert trainer.model.is_gradient_checkpointing is checkpointing
+        results.append((trainer.state.log_history, weights(trainer)))
+    (plain_log, plain), (log, found) = results
+    assert [entry["loss"] for entry in log[:2]] == [entry["loss"] for entry in plain_log[:2]]
+    for name, tensor in plain.items():
+        torch.testing.assert_close(tensor, found[name])
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_accumulating_four_times_four_is_one_batch_of_sixteen(tmp_path: Path, kind: str) -> None:
     build, data, collator = KINDS[kind]

@@ -35,12 +35,39 @@ trainer.train()
 """
 
 
+OF_TOKENS = """
+import sys
+from transformers import DataCollatorForTokenClassification, TrainingArguments
+from hfcompress import DistillationConfig, DistillationTrainer
+from tests.methods.test_distillation import language_model, token_rows
+from tests.workshop import tiny_tokenizer
+
+folder, size = sys.argv[1], int(sys.argv[2])
+trainer = DistillationTrainer(
+    language_model(0),
+    TrainingArguments(
+        folder, max_steps=6, per_device_train_batch_size=size, learning_rate=1e-2, optim="sgd", use_cpu=True,
+        gradient_accumulation_steps=1 if size == 16 else 2, save_strategy="steps", save_steps=6, report_to="none",
+        disable_tqdm=True, lr_scheduler_type="constant", train_sampling_strategy="sequential",
+        dataloader_pin_memory=False,
+    ),
+    teacher=language_model(9),
+    distillation=DistillationConfig(hidden=1.0, embeddings=1.0, attention=1.0),
+    train_dataset=token_rows(32),
+    data_collator=DataCollatorForTokenClassification(tiny_tokenizer()),
+)
+trainer.train()
+"""
+
+
 @pytest.mark.slow
-def test_two_processes_are_one_with_projections_and_a_cache(tmp_path: Path) -> None:
-    (tmp_path / "train.py").write_text(SCRIPT)
+@pytest.mark.parametrize(("script", "each"), [(SCRIPT, 8), (OF_TOKENS, 4)])
+def test_two_processes_are_one(script: str, each: int, tmp_path: Path) -> None:
+    """With projections and a cache; and over tokens of which many have no label, accumulated in two batches."""
+    (tmp_path / "train.py").write_text(script)
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    for processes, size in ((1, 16), (2, 8)):
+    for processes, size in ((1, 16), (2, each)):
         subprocess.run(
             [*launch, "--nproc_per_node", str(processes), tmp_path / "train.py", tmp_path / str(processes), str(size)],
             check=True,
