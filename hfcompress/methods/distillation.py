@@ -245,9 +245,9 @@ class DistillationPart(Part):
                 if counted is not None and signals.aligned is not None:
                     at = counted & signals.aligned
                 loss = self._shares[index] * self._output_loss(inputs, outputs, signals, order, at)
-                if at is not None and at is not counted:
+                if at is not None and counted is not None:
                     # A mean over all that `items` counts; it is 0 where no token of the teacher's says anything.
-                    loss = loss * at.sum() / counted.sum().clamp(min=1)  # type: ignore[union-attr]
+                    loss = loss * at.sum() / counted.sum().clamp(min=1)
                 terms["soft"] = terms["soft"] + loss if index else loss
             if not index and self._compares_between and self._between:
                 terms |= self._between.losses(self._student, inputs, outputs, signals, self._now.between)

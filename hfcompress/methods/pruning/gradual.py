@@ -39,7 +39,8 @@ class PruningPart(Part):
 
     def before_training(self, model: PreTrainedModel, rows: Rows | None) -> None:
         """Takes a few rows to measure time with, where the model reads something else than text."""
-        if self.config.latency and not self._context.calibration and rows is not None and len(rows):
+        reads_text = model.main_input_name == "input_ids"
+        if self.config.latency and not reads_text and not self._context.calibration and rows is not None and len(rows):
             count = min(self.config.latency_batch, len(rows))
             self._context = replace(self._context, calibration=[rows.batch(range(count))])
 
@@ -61,6 +62,7 @@ class PruningPart(Part):
         self.release()
         self._target = target_for(model, self.config, self._context)
         self._first, self._last = window(self.config.begin, self.config.end, total_steps)
+        self._is_settled = False
 
     def before_optimizer_step(self, step: int) -> None:
         """Takes up what this step's gradients say about each unit."""
@@ -79,6 +81,7 @@ class PruningPart(Part):
 
     def after_step(self, step: int) -> None:
         """Masks more units where the schedule says so; masked ones get no gradient and stay masked."""
+        self._is_settled |= step >= self._last
         due = self._first <= step <= self._last and (step % self.config.interval == 0 or step == self._last)
         if not due:
             return
@@ -116,13 +119,16 @@ class PruningPart(Part):
             CompressionError: Nothing tells units apart yet.
         """
         self.release()
-        before = sum(int(mask.sum()) for group in self._masks.values() for mask in group)
-        self.after_step(self._last)  # changes nothing that is settled
-        left = sum(int(mask.sum()) for group in self._masks.values() for mask in group)
-        if left < before:
-            warnings.warn(_CUT_SHORT.format(units=before - left, last=self._last), stacklevel=2)
+        if not self._is_settled:
+            before = self._left()
+            self.after_step(self._last)
+            if gone := before - self._left():
+                warnings.warn(_CUT_SHORT.format(units=gone, last=self._last), stacklevel=2)
         kept = [mask.nonzero().flatten() for group in self._masks.values() for mask in group]
         return shrink(model, self._target, kept)
+
+    def _left(self) -> int:
+        return sum(int(mask.sum()) for group in self._masks.values() for mask in group)
 
     def state(self) -> dict[str, torch.Tensor]:
         """Masks and scores."""
