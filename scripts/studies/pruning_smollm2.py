@@ -106,10 +106,14 @@ def page(asked: argparse.Namespace) -> None:
 
 def _table(rows: Sequence[dict[str, Any]]) -> str:
     lines = [
-        [row["arm"], f"{row['parameters_removed']:.1%}", f"{row['perplexity']:.2f}", f"{row['ratio']:.3f}"]
+        [row["arm"], f"{row['parameters_removed']:.1%}", _figure(row["perplexity"]), _figure(row["ratio"])]
         for row in rows
     ]
     return table(["arm", "fewer parameters", "perplexity", "times the original's"], lines)
+
+
+def _figure(value: float) -> str:
+    return f"{value:.2f}" if value < 1000 else f"{value:,.0f}"
 
 
 def main() -> None:
