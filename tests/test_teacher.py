@@ -76,13 +76,13 @@ def test_a_teacher_with_the_students_tokenizer_reads_the_same_rows(place: Path, 
 
 def test_a_step_may_change_what_the_student_reads_after_its_teacher_was_made(place: Path, tmp_path: Path) -> None:
     save_model(tmp_path / "student")
-    steps = """
-  - fine_tune
-    training: {epochs: 1, learning_rate: 1e-3, batch_size: 16, precision: fp32}"""
+    earlier = """steps:
+  - name: fine_tune
+    training: {epochs: 1, learning_rate: 1e-3, batch_size: 16, precision: fp32}
+  - vocabulary: {}"""
     text = RECIPE.format(place=place).replace(f"model: {place}/student", f"model: {tmp_path}/student")
-    text = text.replace(f"teacher: {place}/teacher\n", "")
-    fine_tune = steps.replace("- fine_tune", "- name: fine_tune") + "\n  - vocabulary: {}"
-    (tmp_path / "trimmed.yaml").write_text(text.replace("steps:", "steps:" + fine_tune).replace(", hidden: 0.1", ""))
+    text = text.replace(f"teacher: {place}/teacher\n", "").replace(", hidden: 0.1", "")
+    (tmp_path / "trimmed.yaml").write_text(text.replace("steps:", earlier))
     report = pipeline.run(load_recipe(tmp_path / "trimmed.yaml"), tmp_path / "run", quiet=True)
     assert [row.name for row in report.rows] == ["fine_tune", "vocabulary", "learn"]
     assert report.rows[2].parameters < report.rows[0].parameters

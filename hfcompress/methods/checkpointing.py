@@ -34,6 +34,7 @@ class CheckpointingTrainer(Trainer):
 
     parts: tuple[Part, ...] = ()
     _resume_from: Path | None = None
+    _staging = False
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         checkpoint = Path(resume_from_checkpoint)
@@ -57,7 +58,7 @@ class CheckpointingTrainer(Trainer):
 
     def _get_output_dir(self, trial: Any) -> str:
         folder = super()._get_output_dir(trial)
-        return os.path.join(folder, ".partial") if getattr(self, "_staging", False) else folder
+        return os.path.join(folder, ".partial") if self._staging else folder
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Writes a checkpoint aside and moves it to its place with one rename."""

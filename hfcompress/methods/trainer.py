@@ -205,7 +205,7 @@ class CompressionTrainer(CheckpointingTrainer):
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if items is None and batches and "start_positions" in batches[0]:  # answers are counted by nobody else
             items = torch.tensor(sum(len(batch["start_positions"]) for batch in batches), device=device)
-            items = self.accelerator.gather(items).sum() if self._processes > 1 else items  # type: ignore[union-attr]
+            items = self._over_processes(items)
         self._window = [self._count_items(part, batches, device) for part in self.parts]
         return batches, items
 
@@ -214,7 +214,10 @@ class CompressionTrainer(CheckpointingTrainer):
         if not counts or counts[0] is None:
             return None
         total = torch.stack([torch.as_tensor(count) for count in counts]).sum().to(device)
-        return self.accelerator.gather(total).sum() if self._processes > 1 else total  # type: ignore[union-attr]
+        return self._over_processes(total)
+
+    def _over_processes(self, count: torch.Tensor) -> torch.Tensor:
+        return cast(torch.Tensor, self.accelerator.gather(count)).sum() if self._processes > 1 else count
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the mean of each loss term since the last log."""

@@ -266,6 +266,7 @@ class UnstructuredPruningPart(Part):
         """Starts with everything open, and checks that the pattern fits."""
         self._modules = _modules(model, self.config)
         self._first, self._last = window(self.config.begin, self.config.end, total_steps)
+        self._is_settled = False
         for path, module in self._modules.items():
             _mask(path, module, self.config, None)
         shapes = {path: _as_matrix(module, module.weight) for path, module in self._modules.items()}
@@ -286,6 +287,7 @@ class UnstructuredPruningPart(Part):
 
     def after_step(self, step: int) -> None:
         """Closes more weights where the schedule says so, and holds at zero what is closed."""
+        self._is_settled |= step >= self._last
         due = self._first <= step <= self._last and (step % self.config.interval == 0 or step == self._last)
         progress = cubic_share(1.0, step, self._first, self._last)
         for path, module in self._modules.items():
@@ -311,12 +313,12 @@ class UnstructuredPruningPart(Part):
 
     def end(self, model: PreTrainedModel) -> dict[str, Any]:
         """Writes down what is zero; sets all of the target to zero, where training ended before its time."""
-        before = sum(int(mask.sum()) for mask in self._masks.values())
-        self.after_step(self._last)  # changes nothing that is settled
-        more = before - sum(int(mask.sum()) for mask in self._masks.values())
-        if more:
-            message = f"training ended before pruning did, after step {self._last}: {more} more weights are zero now"
+        if not self._is_settled:
+            self.after_step(self._last)
+            message = f"training ended before pruning did, after step {self._last}: more weights are zero now"
             warnings.warn(message, stacklevel=2)
+        for path, module in self._modules.items():
+            _zero(module, self._masks[path])
         commit(model)
         importance = "magnitude" if self.config.importance == "auto" else self.config.importance
         return {"importance": importance} | _findings(self._modules)

@@ -146,7 +146,7 @@ def workload(model: PreTrainedModel, batch: int, tokens: int, calibration: Seque
         text = model.config.get_text_config()
         ids = torch.randint(text.vocab_size, (batch, tokens), generator=generator)
         end = getattr(text, "eos_token_id", None)
-        if isinstance(end, int) and tokens > 1:  # BART's classifier reads the last token of this kind
+        if isinstance(end, int) and tokens > 1:  # some classifiers read the last token of this kind
             ids = torch.where(ids == end, (end + 1) % text.vocab_size, ids)
             ids[:, -1] = end
         inputs: dict[str, torch.Tensor] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
