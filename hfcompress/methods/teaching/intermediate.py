@@ -202,20 +202,22 @@ class Intermediate:
         """Returns the terms by name, weighted as `weights` says."""
         counts = example_weights(model, inputs)
         found: dict[str, list[torch.Tensor]] = {}
-        compare = HIDDEN_LOSSES[self.config.hidden_loss]
         for own, other in self._hidden:
-            states = self._project(at_place(outputs, "hidden_states", own), own)
+            states, theirs = at_place(outputs, "hidden_states", own), taught.hidden[other]
+            _require_same_tokens(states, theirs)
             mask = _compared(taught, token_mask(model, inputs, states.shape[:2], own[0]))
-            values = mean_over_tokens(compare(states, taught.hidden[other]), mask)
+            values = mean_over_tokens(self._distances(states, theirs, own, mask), mask)
             is_embeddings = self.weights.embeddings and own[1] == 0 and other[1] == 0
             found.setdefault("embeddings" if is_embeddings else "hidden", []).append(values)
         for own, other in self._attention:
             maps = attention_at(outputs, own, self._without)
+            _require_same_tokens(maps[:, 0], taught.attentions[other][:, 0])
             mask = token_mask(model, inputs, torch.Size((maps.shape[0], maps.shape[2])), own[0])
             values = attention_divergence(maps, taught.attentions[other], mask)
             found.setdefault("attention", []).append(values)
         if self._tap:
             ours = self._tap.take()
+            _require_same_tokens(ours[0], taught.relations[0])
             mask = _compared(taught, token_mask(model, inputs, ours[0].shape[:2], next(iter(depths(model)))))
             found["relations"] = [
                 relation_divergence(own, other, self.relation_heads, mask)
@@ -225,6 +227,13 @@ class Intermediate:
         return {
             name: by_name[name] * weighted_mean(torch.stack(values).mean(0), counts) for name, values in found.items()
         }
+
+    def _distances(self, states: torch.Tensor, theirs: torch.Tensor, own: Place, mask: torch.Tensor) -> torch.Tensor:
+        """Compares the real tokens of one place, 0 elsewhere: projecting padding costs as much as projecting words."""
+        real = mask.flatten().nonzero().squeeze(1)
+        ours, theirs = (each.flatten(0, 1).index_select(0, real) for each in (states, theirs))
+        values = HIDDEN_LOSSES[self.config.hidden_loss](self._project(ours, own), theirs)
+        return values.new_zeros(mask.numel()).index_copy(0, real, values).view_as(mask)
 
     # Projections
 
@@ -267,6 +276,15 @@ def _projections(student: PreTrainedModel, teacher: PreTrainedModel, places: Seq
             linear.bias.zero_()
         made[name] = linear
     return made
+
+
+def _require_same_tokens(ours: torch.Tensor, theirs: torch.Tensor) -> None:
+    if ours.shape[:2] != theirs.shape[:2]:
+        raise CompressionError(
+            f"the student sees an example as {ours.shape[1]} tokens, its teacher as {theirs.shape[1]}: what they make "
+            "of them cannot be compared one by one",
+            hint="Set hidden, attention, relations and embeddings to 0; outputs can be compared all the same.",
+        )
 
 
 def _require_same_heads(student: PreTrainedModel, teacher: PreTrainedModel) -> None:

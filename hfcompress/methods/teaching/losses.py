@@ -90,7 +90,7 @@ def logit_mse(student: torch.Tensor, teacher: torch.Tensor, temperature: float =
     Returns:
         `(...)`, averaged over the outputs.
     """
-    return (student.float() - teacher.float()).square().mean(-1)
+    return F.mse_loss(student.float(), teacher.float(), reduction="none").mean(-1)
 
 
 def multi_label(student: torch.Tensor, teacher: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
@@ -162,13 +162,13 @@ def hidden_mse(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
     """Mean squared difference of hidden states (TinyBERT, Jiao et al. 2020, arXiv 1909.10351).
 
     Args:
-        student: `(batch, tokens, width)`, already projected to the teacher's width.
+        student: `(..., width)`, already projected to the teacher's width.
         teacher: Of the same shape.
 
     Returns:
-        `(batch, tokens)`, averaged over the width.
+        `(...)`, averaged over the width.
     """
-    return (student.float() - teacher.float()).square().mean(-1)
+    return F.mse_loss(student.float(), teacher.float(), reduction="none").mean(-1)
 
 
 def hidden_cosine(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
