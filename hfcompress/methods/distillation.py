@@ -6,6 +6,7 @@ left to TRL (`GKDTrainer`).
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -78,6 +79,7 @@ class DistillationPart(Part):
             raise CompressionError(f"tokens has {len(several)} entries for {len(self.teachers)} teachers")
         self._tokens = several
         self.numbered = config.cache or any(several)
+        self.columns = _columns(self.teachers, several)
         self._rows: Rows | None = None
         for each in self.teachers:
             each.eval().requires_grad_(False)
@@ -307,6 +309,12 @@ class DistillationPart(Part):
         self._at_step(int(state["step"]))
         if self._between:
             self._between.load_state({name: value for name, value in state.items() if name != "step"})
+
+
+def _columns(teachers: Sequence[PreTrainedModel], tokens: Sequence[OtherTokens | None]) -> set[str]:
+    """Returns what teachers take that read the student's rows: BERT's tell the texts of a pair apart."""
+    read = [each for each, own in zip(teachers, tokens, strict=True) if own is None]
+    return {name for each in read for name in inspect.signature(each.forward).parameters}
 
 
 def _part(config: DistillationConfig, context: Context) -> DistillationPart:

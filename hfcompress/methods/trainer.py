@@ -109,6 +109,7 @@ class CompressionTrainer(CheckpointingTrainer):
         self._terms: dict[str, torch.Tensor] = {}
         self._terms_seen = 0
         self._window: list[torch.Tensor | None] = []
+        self._for_parts: set[str] = set()
         if model is not None:
             for part in self.parts:
                 part.prepare(model)
@@ -134,7 +135,7 @@ class CompressionTrainer(CheckpointingTrainer):
             return super().compute_loss(model, inputs, return_outputs)
         share = self._share_of_window(inputs, num_items_in_batch)
         labelled = dict(inputs)
-        inputs = {name: value for name, value in inputs.items() if name != EXAMPLE_ID}
+        inputs = self._for_model(inputs)
         if self.label_smoother is not None and "labels" in inputs and "decoder_input_ids" not in inputs:
             inputs |= self._decoder_inputs(inputs["labels"])
         extra: dict[str, Any] = {}
@@ -256,9 +257,22 @@ class CompressionTrainer(CheckpointingTrainer):
             self.train_dataset = NumberedRows(self.train_dataset)
 
     def _set_signature_columns_if_needed(self) -> None:
+        if self._signature_columns is not None:
+            return
         super()._set_signature_columns_if_needed()
-        if EXAMPLE_ID not in self._signature_columns:  # type: ignore[operator]
-            self._signature_columns = [*self._signature_columns, EXAMPLE_ID]  # type: ignore[misc]
+        known = cast(list[str], self._signature_columns)
+        self._for_parts = {EXAMPLE_ID, *(name for part in self.parts for name in part.columns)} - set(known)
+        self._signature_columns = [*known, *sorted(self._for_parts)]
+
+    def _for_model(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """Leaves out what the parts alone read."""
+        self._set_signature_columns_if_needed()
+        return {name: value for name, value in inputs.items() if name not in self._for_parts}
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        prepared = super()._prepare_inputs(inputs)
+        training = cast(nn.Module, self.model).training
+        return prepared if training else self._for_model(prepared)  # parts have no say in evaluation
 
     def _part_parameters(self) -> list[nn.Parameter]:
         return [parameter for part in self.parts for parameter in part.parameters()]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -200,10 +200,12 @@ class Part:
     Attributes:
         label_weight: Multiplies the loss on the labels.
         numbered: Whether its batches need the rows' numbers, as `inputs[EXAMPLE_ID]`.
+        columns: Columns of the training rows that it reads, whether or not the model does.
     """
 
     label_weight: float = 1.0
     numbered: bool = False
+    columns: Collection[str] = ()
 
     def prepare(self, model: PreTrainedModel) -> None:
         """Changes the model before a Trainer looks at it: which of its parameters are trained, say."""

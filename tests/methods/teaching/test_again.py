@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import DataCollatorForSeq2Seq, TrainerCallback
+from datasets import Dataset
+from torch import nn
+from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding, TrainerCallback
 
 from hfcompress import DistillationConfig, DistillationTrainer
 from hfcompress.errors import CompressionError, ConfigError, TrainingError
@@ -17,7 +19,7 @@ from hfcompress.methods.teaching.filling import fill
 from hfcompress.methods.teaching.signals import Asked, token_mask
 from tests.methods.teaching.test_cache import rows as cached_rows
 from tests.methods.test_distillation import CPU, translator
-from tests.methods.test_trainer import make, weights
+from tests.methods.test_trainer import arguments, make, weights
 from tests.tiny_models import make as make_model
 from tests.workshop import batches, tiny_classifier, tiny_tokenizer
 
@@ -193,3 +195,33 @@ def test_weights_and_temperature_go_to_what_they_are_in_the_end(tmp_path: Path) 
 def test_an_end_that_cannot_be_reached_is_refused(values: dict[str, Any], says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         DistillationConfig(**values)
+
+
+def called_with(model: nn.Module) -> list[set[str]]:
+    """Returns a list to which each forward of a model adds the names of its inputs."""
+    calls: list[set[str]] = []
+    model.register_forward_pre_hook(lambda _model, _args, given: calls.append(set(given)), with_kwargs=True)
+    return calls
+
+
+@pytest.mark.parametrize("cache", [False, True])
+def test_a_teacher_reads_columns_that_its_student_does_not_take(cache: bool, tmp_path: Path) -> None:
+    teacher = tiny_classifier(1)
+    labels = {"id2label": teacher.config.id2label, "label2id": teacher.config.label2id}
+    student = make_model("distilbert", "SequenceClassification", vocab_size=teacher.config.vocab_size, **labels)
+    of_student, of_teacher = called_with(student), called_with(teacher)
+    pair = {"input_ids": [2, 5, 3, 6, 3], "token_type_ids": [0, 0, 0, 1, 1]}
+    pairs = Dataset.from_list([pair | {"labels": number % 2} for number in range(8)])
+    trainer = DistillationTrainer(
+        student,
+        arguments(tmp_path, max_steps=1, save_strategy="no"),
+        teacher=teacher,
+        distillation=DistillationConfig(cache=cache),
+        train_dataset=pairs,
+        eval_dataset=pairs,
+        data_collator=DataCollatorWithPadding(tiny_tokenizer()),
+    )
+    trainer.train()
+    assert trainer.evaluate()["eval_loss"] > 0 and len(trainer.predict(pairs.remove_columns("labels")).predictions) == 8
+    assert of_teacher and all("token_type_ids" in call for call in of_teacher)
+    assert len(of_student) >= 3 and not any("token_type_ids" in call for call in of_student)
