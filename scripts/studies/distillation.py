@@ -67,7 +67,6 @@ ARMS: dict[str, dict[str, Any] | None] = {
     "outputs, hidden states, cosine": _OUTPUTS | {"hidden": 1.0, "hidden_loss": "cosine"},
     "outputs, embeddings": _OUTPUTS | {"embeddings": 1.0},
     "outputs, relations": _OUTPUTS | {"cache": False, "relations": 0.1, "relation_heads": 12},
-    "outputs, attention maps": _OUTPUTS | {"cache": False, "attention": 1.0},
 }
 MAIN = (ALONE, HALF, TAUGHT)
 
