@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -25,7 +25,9 @@ from hfcompress.methods import (  # noqa: F401
     vocabulary,
     width_pruning,
 )
+from hfcompress.methods.calibration import checked_batches
 from hfcompress.methods.registry import Batch, Context, method_of
+from hfcompress.modeling.adapters import require_no_adapters
 
 __all__ = ["compress"]
 
@@ -36,7 +38,7 @@ def compress(
     model: ModelT,
     configs: Sequence[Config],
     *,
-    calibration: Sequence[Batch] = (),
+    calibration: Iterable[Batch] = (),
     tokenizer: PreTrainedTokenizerBase | None = None,
     texts: Sequence[str] = (),
     cache_dir: str | Path | None = None,
@@ -46,8 +48,8 @@ def compress(
     Args:
         model: A model of a supported family; it may be compressed already.
         configs: One method's config each.
-        calibration: Batches of model inputs, as a tokenizer returns them; with `labels`, pruning ranks units by
-            the loss.
+        calibration: Batches of model inputs, as a tokenizer returns them, or a `DataLoader`; with `labels`, pruning
+            ranks units by the loss.
         tokenizer: For methods that change the vocabulary; changed in place, to be saved with the model.
         texts: Texts that such a method must leave as they are cut.
         cache_dir: Where statistics of calibration data and times measured on this machine are kept, so that the same
@@ -57,16 +59,21 @@ def compress(
         The same model; plain `save_pretrained` writes it.
 
     Raises:
-        CompressionError: A method cannot work at once, or not after the ones before it. Nothing was done then.
+        CompressionError: A method cannot work at once, or not after the ones before it, the model has adapters, or
+            the calibration data are no batches: nothing was done then. Or a method found out that it cannot work on
+            this model: it changed nothing, but those before it did their work.
         ConfigError: An object in `configs` is no method's config.
     """
+    require_no_adapters(model)
     chosen = [method_of(config) for config in configs]
-    for method in chosen:
+    for method, config in zip(chosen, configs, strict=True):
         if method.apply is None:
             raise CompressionError(
                 f"{method.name} works only in training",
                 hint="Use DistillationTrainer, or a recipe's step with `training`.",
             )
+        if method.why_not and (message := method.why_not(config, False)):
+            raise CompressionError(f"{method.name}: {message}")
     for index, method in enumerate(chosen):
         earlier = [other.name for other in chosen[:index] if other.quantizes]
         if method.needs_float and earlier:
@@ -74,7 +81,8 @@ def compress(
                 f"{method.name} cannot follow {earlier[0]}: it needs float weights", hint="Quantize last."
             )
     place = Path(cache_dir) if cache_dir else None
-    context = Context(calibration=calibration, tokenizer=tokenizer, texts=texts, cache_dir=place)
+    batches = checked_batches(calibration)
+    context = Context(calibration=batches, tokenizer=tokenizer, texts=texts, cache_dir=place)
     for method, config in zip(chosen, configs, strict=True):
         assert method.apply is not None
         method.apply(model, config, context)

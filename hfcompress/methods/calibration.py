@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
@@ -24,6 +25,33 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes.items():
             module.training = mode
+
+
+def checked_batches(batches: Iterable[Batch]) -> list[Batch]:
+    """Returns batches of calibration data as a list.
+
+    Raises:
+        CompressionError: One is no mapping of names to tensors with a row for each example.
+    """
+    if isinstance(batches, Mapping):
+        raise CompressionError(
+            "calibration is one batch where there should be several", hint="Pass calibration=[batch, ...]."
+        )
+    listed = list(batches)
+    for number, batch in enumerate(listed):
+        if not isinstance(batch, Mapping) or not batch:
+            raise CompressionError(
+                f"calibration batch {number} is a {type(batch).__name__}, not a mapping of model inputs",
+                hint='Pass what a tokenizer returns with return_tensors="pt", padding=True.',
+            )
+        for name, value in batch.items():
+            if not isinstance(value, torch.Tensor) or value.dim() == 0 or len(value) == 0:
+                shape = list(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
+                raise CompressionError(
+                    f"calibration batch {number}: '{name}' should be a tensor with a row for each example, not {shape}",
+                    hint="Collate examples to batches of tensors, and leave out what is None.",
+                )
+    return listed
 
 
 def run_batches(model: PreTrainedModel, batches: Sequence[Batch], *, description: str) -> Iterator[Any]:

@@ -79,7 +79,7 @@ class Probe:
         found = getattr(outputs, "logits", None)
         if found is None:  # not the loss, which comes first where there are labels
             found = next(each for each in outputs.to_tuple() if isinstance(each, torch.Tensor) and each.dim() > 1)
-        return real_rows(found, batch) if found.dim() > 2 else found
+        return real_rows(self.model, found, batch) if found.dim() > 2 else found
 
     def _divergence(self, number: int) -> float:
         before, after = self._before[number], self._outputs(number)

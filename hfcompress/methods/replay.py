@@ -59,7 +59,7 @@ class Replay:
 
         with _hooked(module_at(self.model, path).register_forward_pre_hook(hook)):
             for batch in self._run():
-                yield real_rows(caught.pop(), batch)
+                yield real_rows(self.model, caught.pop(), batch)
 
     def finish(self, layer: str) -> None:
         """Records what a layer gives; neither it nor any before it in its stack may change after this."""

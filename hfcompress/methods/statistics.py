@@ -65,10 +65,17 @@ def each_batch(model: PreTrainedModel, batches: Sequence[Batch], description: st
         yield {name: value.to(model.device) for name, value in batch.items()}
 
 
-def real_rows(inputs: torch.Tensor, batch: Batch) -> torch.Tensor:
-    """Returns inputs `(..., in)` as rows `(positions, in)` without those of padding."""
+def real_rows(model: PreTrainedModel, inputs: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """Returns what enters a layer of a model, `(..., in)`, as rows `(positions, in)` without those of padding.
+
+    Where an encoder-decoder reads and writes as many tokens, nothing tells which of the two the inputs are, and the
+    mask, which is about what it reads, leaves none out.
+    """
     mask = batch.get("attention_mask")
-    if mask is not None and mask.dim() == 2 and inputs.dim() == 3 and mask.shape == inputs.shape[:2] and mask.any():
+    written = batch.get("decoder_input_ids", batch.get("labels")) if model.config.is_encoder_decoder else None
+    if mask is None or (written is not None and written.shape == mask.shape):
+        return inputs.detach().flatten(0, -2)
+    if mask.dim() == 2 and inputs.dim() == 3 and mask.shape == inputs.shape[:2] and mask.any():
         return inputs.detach()[mask.bool()]
     return inputs.detach().flatten(0, -2)
 
@@ -259,11 +266,12 @@ class LayerReader:
         return inputs, {path: made[path].second_moment for path in made if path in self._narrow}
 
     def _inputs_into(self, sums: Sums) -> Callable[..., None]:
-        return lambda module, arguments: sums.add(real_rows(arguments[0], self.batch))
+        return lambda module, arguments: sums.add(real_rows(self._model, arguments[0], self.batch))
 
     def _outputs_into(self, sums: Sums) -> Callable[..., None]:
         def hook(module: Any, arguments: Any, output: torch.Tensor) -> None:
-            sums.add(real_rows(output if module.bias is None else output - module.bias, self.batch))
+            own = output if module.bias is None else output - module.bias
+            sums.add(real_rows(self._model, own, self.batch))
 
         return hook
 

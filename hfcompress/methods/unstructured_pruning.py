@@ -25,6 +25,7 @@ from hfcompress.methods.pruning.search import cubic_share, window
 from hfcompress.methods.registry import Batch, Context, Method, register
 from hfcompress.methods.statistics import real_rows, remembering
 from hfcompress.methods.training import Part
+from hfcompress.modeling.adapters import require_no_adapters
 from hfcompress.modeling.anatomy import base_model, input_width, modules_of
 from hfcompress.modeling.checkpoint import commit
 from hfcompress.modeling.layers.bitsandbytes import kind_of
@@ -79,14 +80,14 @@ def keep_share(scores: torch.Tensor, sparsity: float, *, by_output: bool) -> tor
 
     Args:
         scores: `(out, in)`.
-        sparsity: Share not marked, rounded to whole weights.
+        sparsity: Share not marked, rounded to whole weights; one stays.
         by_output: Whether each row gives up the same share; else the whole matrix is ranked together.
 
     Returns:
         Bool `(out, in)`.
     """
     ranked = scores if by_output else scores.reshape(1, -1)
-    removed = round(ranked.shape[1] * sparsity)
+    removed = min(round(ranked.shape[1] * sparsity), ranked.shape[1] - 1)
     kept = torch.ones_like(ranked, dtype=torch.bool)
     kept.scatter_(1, ranked.argsort(dim=1, stable=True)[:, :removed], False)
     return kept.view_as(scores)
@@ -112,7 +113,7 @@ def _input_sizes(model: PreTrainedModel, modules: dict[str, Any], batches: Seque
 
     def watch(path: str) -> Any:
         def hook(module: nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
-            totals[path] += real_rows(arguments[0], current).float().square().sum(0)
+            totals[path] += real_rows(model, arguments[0], current).float().square().sum(0)
 
         return hook
 
@@ -162,7 +163,7 @@ def unstructured_pruning(model: PreTrainedModel, config: UnstructuredPruningConf
         importance = "wanda" if context.calibration else "magnitude"
     modules = _modules(model, config)
     sizes = _input_sizes(model, modules, context.calibration) if importance == "wanda" else {}
-    masks = {path: _mask(path, module, config, sizes.get(path)) for path, module in modules.items()}
+    masks = _masks(modules, config, sizes)
     for path, module in modules.items():
         _zero(module, masks[path])
     commit(model)
@@ -210,6 +211,15 @@ def _findings(modules: dict[str, Any]) -> dict[str, Any]:
     return {"sparsity": round(share, 4), "layers": zeros, "speed": SPEED}
 
 
+def _masks(
+    modules: dict[str, Any], config: UnstructuredPruningConfig, sizes: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    masks = {path: _mask(path, module, config, sizes.get(path)) for path, module in modules.items()}
+    if all(bool(mask.all()) for mask in masks.values()):
+        raise CompressionError(f"sparsity {config.sparsity:g} is less than half a weight of what is ranked together")
+    return masks
+
+
 def _mask(path: str, module: Any, config: UnstructuredPruningConfig, sizes: torch.Tensor | None) -> torch.Tensor:
     scores = _as_matrix(module, module.weight).float().abs()
     if sizes is not None:
@@ -254,6 +264,7 @@ class UnstructuredPruningPart(Part):
         Raises:
             CompressionError: One of the layers is pivoted.
         """
+        require_no_adapters(model)
         base = base_model(model)
         for path in modules_of(model, self.config.targets):
             if isinstance(base.get_submodule(path), PivotedLinear):
@@ -267,8 +278,7 @@ class UnstructuredPruningPart(Part):
         self._modules = _modules(model, self.config)
         self._first, self._last = window(self.config.begin, self.config.end, total_steps)
         self._is_settled = False
-        for path, module in self._modules.items():
-            _mask(path, module, self.config, None)
+        _masks(self._modules, self.config, {})  # are refused now rather than when it is time for them
         shapes = {path: _as_matrix(module, module.weight) for path, module in self._modules.items()}
         self._masks = {path: torch.ones_like(weight, dtype=torch.bool) for path, weight in shapes.items()}
         moves = self.config.importance == "movement"
@@ -314,14 +324,21 @@ class UnstructuredPruningPart(Part):
     def end(self, model: PreTrainedModel) -> dict[str, Any]:
         """Writes down what is zero; sets all of the target to zero, where training ended before its time."""
         if not self._is_settled:
+            before = self._open()
             self.after_step(self._last)
-            message = f"training ended before pruning did, after step {self._last}: more weights are zero now"
-            warnings.warn(message, stacklevel=2)
+            if gone := before - self._open():
+                message = (
+                    f"training ended before pruning did, after step {self._last}: {gone} more weights are zero now"
+                )
+                warnings.warn(message, stacklevel=2)
         for path, module in self._modules.items():
             _zero(module, self._masks[path])
         commit(model)
         importance = "magnitude" if self.config.importance == "auto" else self.config.importance
         return {"importance": importance} | _findings(self._modules)
+
+    def _open(self) -> int:
+        return sum(int(mask.sum()) for mask in self._masks.values())
 
     def state(self) -> dict[str, torch.Tensor]:
         """Masks, and movement."""

@@ -73,6 +73,24 @@ def adapted_layers(model: PreTrainedModel) -> dict[str, Any]:
     return {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
 
 
+def require_no_adapters(model: nn.Module) -> None:
+    """Refuses a model that PEFT has put layers into: of what is changed below them nothing would be saved.
+
+    Raises:
+        CompressionError: It has adapters, or is no transformers model but something around one.
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise CompressionError(
+            f"a {type(model).__name__} is no model of transformers",
+            hint="Pass the model itself; of a PEFT model what merge_and_unload() returns.",
+        )
+    if adapted := list(adapted_layers(model)):
+        raise CompressionError(
+            f"the model has adapters (on {adapted[0]} and others), and saving it would save them alone",
+            hint="Merge them first, by merge_and_unload() of PEFT's model, or remove them.",
+        )
+
+
 def forget_adapters(model: PreTrainedModel) -> None:
     """Tells a model, whose layers are its own again, that it has no adapters."""
     vars(model).pop("peft_config", None)

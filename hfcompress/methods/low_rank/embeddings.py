@@ -61,7 +61,7 @@ def score_moment(model: PreTrainedModel, batches: Sequence[Batch]) -> torch.Tens
 
     def watch(module: nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
         nonlocal total, count
-        rows = real_rows(arguments[0], batch).float()
+        rows = real_rows(model, arguments[0], batch).float()
         total, count = total + rows.T @ rows, count + len(rows)
 
     handle = head.register_forward_pre_hook(watch)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Mapping
 from dataclasses import replace
@@ -18,9 +19,16 @@ from hfcompress.methods.pruning.search import cubic_share, window
 from hfcompress.methods.pruning.units import masking
 from hfcompress.methods.registry import Context
 from hfcompress.methods.training import Part, Rows
+from hfcompress.modeling.adapters import require_no_adapters
+
+logger = logging.getLogger(__name__)
 
 _LEAST_OPEN = 0.1  # of a gate that the target lets stay although it was closing
 _CUT_SHORT = "training ended before pruning did, after step {last}: {units} more heads and neurons go without training"
+_STILL_OPEN = (
+    "the gates have learnt to close %.1f%% of the %.1f%% that is to go, and the rest of the choice is "
+    "little better than chance: train longer, or choose importance 'taylor'"
+)
 
 
 class PruningPart(Part):
@@ -37,8 +45,17 @@ class PruningPart(Part):
         self._context = context or Context()
         self._handles: list[Any] = []
 
+    def prepare(self, model: PreTrainedModel) -> None:
+        """Refuses a model with adapters on it, of which nothing but they would be saved."""
+        require_no_adapters(model)
+
     def before_training(self, model: PreTrainedModel, rows: Rows | None) -> None:
-        """Takes a few rows to measure time with, where the model reads something else than text."""
+        """Takes a few rows to measure time with, where the model reads something else than text.
+
+        Times are kept in the training's folder, if nowhere else: a resumed run must not measure others.
+        """
+        if self._context.cache_dir is None and rows is not None:
+            self._context = replace(self._context, cache_dir=rows.folder)
         reads_text = model.main_input_name == "input_ids"
         if self.config.latency and not reads_text and not self._context.calibration and rows is not None and len(rows):
             count = min(self.config.latency_batch, len(rows))
@@ -48,6 +65,12 @@ class PruningPart(Part):
         """Puts an open mask before every output projection."""
         self._start(model, total_steps)
         groups = self._target.groups
+        frozen = [each.block.name for each in self._target.units if not each.entry.weight.requires_grad]
+        if frozen and self.config.importance != "magnitude":
+            raise CompressionError(
+                f"{frozen[0]} is frozen, and has no gradients to tell by which of its units matter",
+                hint="Train what is pruned, or choose importance 'magnitude' or 'l0'.",
+            )
         self._scores = {
             name: [torch.zeros(each.count, device=device) for each in units] for name, units in groups.items()
         }
@@ -198,11 +221,17 @@ class GatedPruningPart(PruningPart):
         # A unit's cost is in the score, since the Lagrangian has weighed it already and the target would once more.
         scores = open_probability(self._gates.log_odds.detach()) * self._shares.sum(0).to(self._final.device)
         kept = self._target.choose(split(scores, self._counts))
+        self._warn_of_open_gates()
         values = typical(self._gates.log_odds.detach())
         for final, value, index in zip(
             split(self._final, self._counts), split(values, self._counts), kept, strict=True
         ):
             final[index] = value[index].clamp_min(_LEAST_OPEN)
+
+    def _warn_of_open_gates(self) -> None:
+        for (_, wanted), closed in zip(self._target.constraints(), self._gates.removed().tolist(), strict=True):
+            if closed < wanted / 2:
+                logger.warning(_STILL_OPEN, 100 * closed, 100 * wanted)
 
     def end(self, model: PreTrainedModel) -> dict[str, Any]:
         """Takes the gates off, multiplies what they let through into the weights, and removes what they closed."""

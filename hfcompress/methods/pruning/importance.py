@@ -79,11 +79,24 @@ def _kept(
 def statistics_file(kind: str, model: PreTrainedModel, batches: Sequence[Batch], folder: Path) -> Path:
     """Returns where `gradients` or `energies` of a model and its data are kept."""
     hasher = hashlib.sha256(model_digest(model).encode())
+    device = model.device.type
+    computed = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else model.dtype
+    feed(hasher, [str(computed), _problem(model, batches)])
     for batch in batches:
         for name in sorted(batch):
             hasher.update(name.encode())
             feed(hasher, batch[name])
     return folder / f"{kind}-{hasher.hexdigest()[:24]}.safetensors"
+
+
+def _problem(model: PreTrainedModel, batches: Sequence[Batch]) -> str | None:
+    """Returns by which loss a model of whole examples is judged: what its config says, or the first pass will say."""
+    said, labels = getattr(model.config, "problem_type", None), batches[0].get("labels") if batches else None
+    if said or labels is None or model.config.num_labels is None:
+        return said
+    if model.config.num_labels == 1:
+        return "regression"
+    return "multi_label_classification" if labels.is_floating_point() else "single_label_classification"
 
 
 def store_statistics(file: Path, units: Sequence[Units], statistics: Sequence[torch.Tensor]) -> None:
@@ -135,8 +148,9 @@ def largest_first(batches: Sequence[Batch]) -> list[int]:
 
 
 def examples_in(batch: Batch) -> int:
-    """Returns how many examples a batch holds."""
-    return len(next(iter(batch.values())))
+    """Returns how many examples a batch holds: positions, say, may be given once for all of them."""
+    labels = batch.get("labels")
+    return max(map(len, batch.values())) if labels is None else len(labels)
 
 
 def _one_by_one(batch: Batch) -> Iterator[Batch]:
@@ -237,7 +251,7 @@ def output_energies(model: PreTrainedModel, units: Sequence[Units], batches: Seq
         norms = each.weight_and_gradient()[0].float().square().sum(0)
 
         def hook(module: nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
-            energy = real_rows(arguments[0], current).float().square().mean(0)
+            energy = real_rows(model, arguments[0], current).float().square().mean(0)
             total.add_(each.fold(energy * norms).cpu())
 
         return hook

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from hfcompress.errors import CompressionError
 from hfcompress.methods.pruning.search import keep_the_best, knapsack
-from hfcompress.methods.pruning.targets import Target
+from hfcompress.methods.pruning.targets import Target, rounded_down
 from hfcompress.methods.pruning.units import Units, head_units, neuron_units
 from hfcompress.methods.registry import Batch
 from hfcompress.modeling.measure import tensor_bytes
@@ -87,7 +87,7 @@ class Latency(Target):
         if fastest > self.table.whole * (1 - self.share):
             raise CompressionError(
                 f"latency: {self.share:g} cannot be removed, since every layer keeps a head and "
-                f"{self.multiples['neurons']} neurons; reachable: up to {1 - fastest / self.table.whole:.3f}"
+                f"{self.multiples['neurons']} neurons; reachable: up to {rounded_down(1 - fastest / self.table.whole)}"
             )
 
     def findings(self, kept: Sequence[torch.Tensor]) -> dict[str, Any]:
@@ -130,18 +130,19 @@ def latency_target(
 
 
 def workload(model: PreTrainedModel, batch: int, tokens: int, calibration: Sequence[Batch]) -> Batch:
-    """Returns what time is measured with: random tokens without padding, or as many examples as there are.
+    """Returns what time is measured with: random tokens without padding, or as many of the examples that there are.
 
     Args:
         model: The model.
         batch: Examples.
         tokens: Length of each, where the model reads text.
-        calibration: Where the inputs of other models are taken from.
+        calibration: Where the inputs of other models are taken from, and of those that read several texts at once.
 
     Raises:
         CompressionError: The model does not read text, and there is no calibration data.
     """
-    if model.main_input_name == "input_ids":
+    name = model.main_input_name
+    if name == "input_ids" and not (calibration and calibration[0][name].dim() > 2):
         generator = torch.Generator().manual_seed(0)
         text = model.config.get_text_config()
         ids = torch.randint(text.vocab_size, (batch, tokens), generator=generator)
@@ -153,14 +154,14 @@ def workload(model: PreTrainedModel, batch: int, tokens: int, calibration: Seque
         if model.config.is_encoder_decoder:
             inputs["decoder_input_ids"] = ids
     elif calibration:
-        rows = [index % len(calibration[0][model.main_input_name]) for index in range(batch)]
-        inputs = {name: value[rows] for name, value in calibration[0].items() if name != "labels"}
+        rows = [index % len(calibration[0][name]) for index in range(batch)]
+        inputs = {key: value[rows] for key, value in calibration[0].items() if key != "labels"}
     else:
         raise CompressionError(
-            f"the time of a model that reads {model.main_input_name} is measured with calibration data; there is none",
+            f"the time of a model that reads {name} is measured with calibration data; there is none",
             hint="Pass calibration=[batch, ...].",
         )
-    return {name: value.to(model.device) for name, value in inputs.items()}
+    return {key: value.to(model.device) for key, value in inputs.items()}
 
 
 # Measuring
@@ -238,6 +239,8 @@ def _measure(
         watches = [stack.enter_context(_Stopwatch(each, inputs)) for each in models]
         try:
             watches[0].run()
+        except CompressionError:
+            raise
         except (RuntimeError, IndexError, ValueError) as error:
             shapes = ", ".join(f"{name} {list(value.shape)}" for name, value in inputs.items())
             raise CompressionError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,11 @@ from hfcompress.errors import CompressionError
 from hfcompress.methods.pruning.search import select, select_by_cost
 from hfcompress.methods.pruning.units import Measure, Units, head_units, neuron_units, total_cost
 from hfcompress.modeling.measure import tensor_bytes
+
+
+def rounded_down(share: float) -> str:
+    """Returns a share as text that is no more than it is: what is said to be reachable must be."""
+    return f"{math.floor(share * 1000) / 1000:.3f}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,7 +130,7 @@ class Shares(Target):
             if round(total * (1 - self.shares[name])) < least:
                 raise CompressionError(
                     f"{name}: {self.shares[name]:g} of {total} cannot be removed, since every layer keeps at least "
-                    f"{self.multiples[name]}; reachable: up to {(total - least) / total:.3f}"
+                    f"{self.multiples[name]}; reachable: up to {rounded_down((total - least) / total)}"
                 )
 
 
@@ -165,9 +171,10 @@ class Budget(Target):
                 stays += least * unit + fixed
         if stays > total * (1 - self.share):
             others = " and nothing else of the model goes" if self.rest else ""
+            most = rounded_down(max(0.0, 1 - stays / total))
             raise CompressionError(
                 f"{self.measure}: {self.share:g} cannot be removed, since every layer keeps a head and "
-                f"{self.multiples['neurons']} neurons{others}; reachable: up to {max(0.0, 1 - stays / total):.3f}"
+                f"{self.multiples['neurons']} neurons{others}; reachable: up to {most}"
             )
 
     def findings(self, kept: Sequence[torch.Tensor]) -> dict[str, Any]:

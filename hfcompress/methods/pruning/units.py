@@ -41,7 +41,7 @@ class Units:
         width: Inputs of `entry` that make one unit.
 
     Raises:
-        CompressionError: The block is quantized.
+        CompressionError: The block is quantized, or not of plain linear layers.
     """
 
     def __init__(self, block: AttentionBlock | FeedForwardBlock) -> None:
@@ -51,6 +51,12 @@ class Units:
         quantized = [path for path, part in self._cut() if kind_of(part)]
         if quantized:
             raise CompressionError(f"{block.name}: {quantized[0]} is quantized", hint="Prune before quantizing.")
+        for path, part in self._cut():
+            if type(part) not in (nn.Linear, Conv1D) or "weight" not in part._parameters:
+                raise CompressionError(
+                    f"{block.name}: {path} is no plain linear layer ({type(part).__name__}) and cannot be cut",
+                    hint="Merge adapters, and remove parametrizations and masks from weights, before pruning.",
+                )
         if isinstance(block, AttentionBlock):
             self.count, self.width = block.heads, block.head_dim * block.queries_per_head
         else:
@@ -124,11 +130,11 @@ class Units:
 
         FLOPs are multiply-adds for a token of a text of `TOKENS` tokens; bytes are those of the parameters.
         """
-        if measure == "bytes":
-            unit, fixed = self.costs("parameters")
-            size = self.entry.weight.element_size()
-            return unit * size, fixed * size
-        block, parameters = self.block, measure == "parameters"
+        block, parameters = self.block, measure != "flops"
+
+        def size(module: nn.Module) -> int:  # T5 keeps some of its matrices in float32
+            return next(module.parameters()).element_size() if measure == "bytes" else 1
+
         if isinstance(block, AttentionBlock):
             projections = [
                 (each.path, block.head_dim * (block.queries_per_head if role == "query" else 1))
@@ -142,15 +148,14 @@ class Units:
             module: Any = block.at(path)
             low = isinstance(module, LowRankLinear)
             each = module.multiplications_per_output if low else input_width(module)
-            fixed += module.multiplications - each * module.out_features if low else 0
-            unit += rows * each
-            unit += rows if parameters and module.bias is not None else 0
+            fixed += size(module) * (module.multiplications - each * module.out_features if low else 0)
+            unit += size(module) * rows * (each + (parameters and module.bias is not None))
         output: Any = block.at(block.spec.output)
         low = isinstance(output, LowRankLinear)
         outputs = output.out_features if low else output_width(output)
-        unit += self.width * (output.rank if low else outputs)
-        fixed += output.multiplications - output.rank * output.in_features if low else 0
-        fixed += outputs if parameters and output.bias is not None else 0
+        unit += size(output) * self.width * (output.rank if low else outputs)
+        fixed += size(output) * (output.multiplications - output.rank * output.in_features if low else 0)
+        fixed += size(output) * (outputs if parameters and output.bias is not None else 0)
         return unit, fixed
 
 

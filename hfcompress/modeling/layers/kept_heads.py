@@ -90,7 +90,15 @@ _MIXINS: dict[SharedBias, type] = {"given": KeptHeads, "passed_on": KeptHeadsPas
 
 @cache
 def _with_kept_heads(cls: type[nn.Module], mixin: type) -> type[nn.Module]:
-    return type(f"{cls.__name__}WithKeptHeads", (mixin, cls), {"__module__": __name__})
+    def reduce(self: nn.Module) -> Any:  # pickle, and deepcopy too, look for classes by their names in modules
+        return _empty, (cls, mixin), vars(self)
+
+    return type(f"{cls.__name__}WithKeptHeads", (mixin, cls), {"__module__": __name__, "__reduce__": reduce})
+
+
+def _empty(cls: type[nn.Module], mixin: type) -> nn.Module:
+    made = _with_kept_heads(cls, mixin)
+    return made.__new__(made)
 
 
 def keep_heads(attention: Any, kept: torch.Tensor, bias: SharedBias) -> None:
