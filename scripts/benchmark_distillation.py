@@ -62,7 +62,7 @@ class Stepper:
 
     def __init__(self, student: PreTrainedModel, trainer: CompressionTrainer) -> None:
         self.student, self.trainer = student, trainer
-        trainer._prepare_parts()
+        trainer._prepare_parts(student)
         trainer.create_optimizer_and_scheduler(1000)
         trainer._begin_parts(1000)
         self.batches = iter(trainer.get_train_dataloader())

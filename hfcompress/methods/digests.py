@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from hfcompress.errors import CompressionError
+
 # Where it comes from, who wrote it, and what a first forward pass with labels sets.
 _NOT_THE_MODEL = ("_name_or_path", "transformers_version", "problem_type")
 
@@ -35,4 +37,20 @@ def feed(hasher: Any, value: Any) -> None:
 
 
 def _plain(value: Any) -> Any:
-    return value.tolist() if hasattr(value, "tolist") else repr(value)
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    if hasattr(value, "tobytes"):  # an image
+        return [type(value).__name__, getattr(value, "mode", None), getattr(value, "size", None), _of(value.tobytes())]
+    if isinstance(value, bytes):
+        return _of(value)
+    text = repr(value)
+    if " at 0x" in text:  # where it lies in memory, which is elsewhere the next time
+        raise CompressionError(
+            f"{text} cannot be told from others of its kind, so that what is computed from it cannot be kept",
+            hint="Set cache: false, or turn it into numbers before.",
+        )
+    return text
+
+
+def _of(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()

@@ -263,6 +263,10 @@ def _of_blocks(smaller: PreTrainedModel, model: PreTrainedModel, places: _Places
         of_heads = {role: (heads[:, None] * was.head_dim + dims).flatten() for role, heads in
                     (("query", queries), ("key", groups), ("value", groups))}  # fmt: skip
         widths = {role: (was.query_heads if role == "query" else was.heads) * was.head_dim for role in of_heads}
+        if block.head_dim > was.head_dim and was.queries_per_head == block.queries_per_head == 1:
+            # Fewer heads share the same width out among them: each is made of several, and none goes.
+            every = _evenly(was.heads * was.head_dim, block.heads * block.head_dim)
+            of_heads = dict.fromkeys(of_heads, every)
         say_parts([(block.path(each.path), each, of_heads[role], widths[role]) for role, each in block.projections])
         say(block.path(block.spec.output), 1, of_heads["query"])
     neurons = {f"{prefix}{block.name}": block.neurons for block in feed_forward_blocks(model)}

@@ -6,6 +6,7 @@ import.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -16,12 +17,13 @@ from torch import nn
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 
 from hfcompress.configuration import Config
-from hfcompress.errors import TrainingError
-from hfcompress.methods.checkpointing import PARTS_FILE, CheckpointingTrainer
+from hfcompress.errors import ConfigError, Problem, TrainingError
+from hfcompress.methods.checkpointing import PARTS_FILE
+from hfcompress.methods.reading import ReadingTrainer
 from hfcompress.methods.registry import Context, method_of, methods
 from hfcompress.methods.resuming import last_whole_checkpoint
 from hfcompress.methods.teaching.signals import output_logits
-from hfcompress.methods.training import EXAMPLE_ID, NumberedRows, Part, Rows, shifts_labels
+from hfcompress.methods.training import NumberedRows, Part, shifts_labels
 from hfcompress.modeling.checkpoint import commit
 from hfcompress.modeling.surgery import in_pivoted_form, in_two_factors
 
@@ -31,6 +33,14 @@ def _has_no_label(inputs: Mapping[str, Any]) -> bool:
     if not isinstance(labels, torch.Tensor) or labels.is_floating_point():
         return False
     return not bool(labels.ne(-100).any())
+
+
+def _part(name: str, config: Config, context: Context) -> Part:
+    method = method_of(config)
+    if method.part is None:
+        message = f"{method.name} works only at once; use hfcompress.compress, before training or after it"
+        raise ConfigError("CompressionTrainer", (Problem((name,), message),))
+    return method.part(config, context)
 
 
 class _RunParts(TrainerCallback):
@@ -48,6 +58,7 @@ class _RunParts(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer._zero_part_gradients()
+        self.trainer._steps_seen += 1
         for part in self.trainer.parts:
             part.after_step(state.global_step)
 
@@ -55,13 +66,14 @@ class _RunParts(TrainerCallback):
         self.trainer._end_parts()
 
 
-class CompressionTrainer(CheckpointingTrainer):
+class CompressionTrainer(ReadingTrainer):
     """A `transformers.Trainer` that can distil, prune, or both in one run.
 
     Losses of the parts are added to the model's own, every term normalised over the whole accumulation window
     and all processes. Training checkpoints are written whole or not at all, and only whole ones are resumed.
     A structured method masks while it trains; the model shrinks once, when training ends. Pivoted low-rank layers are
-    trained as two plain factors, and are pivoted again when training ends.
+    trained as two plain factors, and are pivoted again when training ends. A `compute_loss_func` gets no
+    `num_items_in_batch`, and is to give a mean over the batch: it is weighed like every other loss.
 
     Args:
         model: The student.
@@ -78,6 +90,9 @@ class CompressionTrainer(CheckpointingTrainer):
 
     Attributes:
         findings: After training, what each part found out.
+
+    Raises:
+        ConfigError: A config is not of a method that trains, or there is a teacher and nothing says what it teaches.
     """
 
     loss_is_scaled_for_ga = True
@@ -97,19 +112,18 @@ class CompressionTrainer(CheckpointingTrainer):
     ) -> None:
         place = Path(cache_dir) if cache_dir else None
         context = Context(teacher=teacher, teacher_tokens=teacher_tokens, cache_dir=place)
-        made: list[Part] = []
-        for config in (distillation, pruning):
-            if config is not None:
-                method = method_of(config)
-                assert method.part is not None, method.name
-                made.append(method.part(config, context))
+        if teacher is not None and distillation is None:
+            message = "there is a teacher, and nothing says what it teaches; pass distillation=DistillationConfig(...)"
+            raise ConfigError(type(self).__name__, (Problem(("distillation",), message),))
+        given = {"distillation": distillation, "pruning": pruning}
+        made = [_part(name, config, context) for name, config in given.items() if config is not None]
         self.parts = (*made, *parts)
         self.findings: list[dict[str, Any]] = []
         self._pivoted: list[str] = []
         self._terms: dict[str, torch.Tensor] = {}
-        self._terms_seen = 0
+        self._steps_seen = 0
         self._window: list[torch.Tensor | None] = []
-        self._for_parts: set[str] = set()
+        self._is_training = False
         if model is not None:
             for part in self.parts:
                 part.prepare(model)
@@ -141,18 +155,19 @@ class CompressionTrainer(CheckpointingTrainer):
         extra: dict[str, Any] = {}
         for part in self.parts:
             extra |= part.forward_arguments()
+        weight = math.prod(part.label_weight for part in self.parts)
         outputs: Any
-        if self.parts and not set(self.label_names) & set(inputs):
+        if not weight and not set(self.label_names) & set(inputs):
             outputs = model(**inputs, **extra)
-            loss = output_logits(outputs, inputs).sum() * 0.0
+            loss = torch.zeros(())
         else:
             loss, outputs = super().compute_loss(model, {**inputs, **extra}, return_outputs=True)
-            if _has_no_label(inputs):
-                loss = output_logits(outputs, inputs).sum() * 0.0  # a mean over no label is not a number
+        if not weight or _has_no_label(inputs):
+            loss = output_logits(outputs, inputs).sum() * 0.0  # a mean over no label is not a number
+        loss = loss * weight
         terms: dict[str, torch.Tensor] = {"labels": loss}
         shares: dict[str, Any] = {"labels": share}
         for index, part in enumerate(self.parts):
-            terms["labels"] = terms["labels"] * part.label_weight
             with self.accelerator.autocast():
                 own = part.losses(labelled, outputs)
             terms |= own
@@ -164,11 +179,10 @@ class CompressionTrainer(CheckpointingTrainer):
                 f"step {self.state.global_step + 1}: the loss is not finite ({', '.join(bad) or 'their sum'})",
                 hint="The last whole training checkpoint is kept. Lower the learning rate, or train in fp32.",
             )
-        if self.parts:
-            for name, term in terms.items():
-                self._terms[name] = self._terms.get(name, torch.zeros_like(total)) + term.detach().float()
-            self._terms_seen += 1
-        total = torch.stack([term.float() * shares[name] for name, term in terms.items()]).sum()
+        weighed = {name: term.float() * shares[name] for name, term in terms.items()}
+        for name, term in weighed.items() if self.parts else ():
+            self._terms[name] = self._terms.get(name, torch.zeros_like(total)) + term.detach()
+        total = torch.stack(list(weighed.values())).sum()
         return (total, outputs) if return_outputs else total
 
     def _decoder_inputs(self, labels: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -221,32 +235,29 @@ class CompressionTrainer(CheckpointingTrainer):
         return cast(torch.Tensor, self.accelerator.gather(count)).sum() if self._processes > 1 else count
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the mean of each loss term since the last log."""
-        if "loss" in logs and self._terms_seen:
+        """Adds each loss term, as it counts in the loss, averaged over the steps since the last log."""
+        if "loss" in logs and self._terms and self._steps_seen:
             means = {
-                f"loss_{name}": float(cast(torch.Tensor, self.accelerator.reduce(total / self._terms_seen, "mean")))
+                f"loss_{name}": float(cast(torch.Tensor, self.accelerator.reduce(total / self._steps_seen, "mean")))
                 for name, total in self._terms.items()
             }
             logs = {**logs, **means}
-            self._terms, self._terms_seen = {}, 0
+            self._terms, self._steps_seen = {}, 0
         super().log(logs, start_time)
 
     # Parts
 
-    def _rows(self) -> Rows | None:
-        if not hasattr(self.train_dataset, "__getitem__") or not hasattr(self.train_dataset, "__len__"):
-            return None
-        return Rows(
-            dataset=self.train_dataset,
-            collate=self._get_collator_with_removed_columns(self.data_collator, description="training"),
-            batch_size=self.args.train_batch_size,
-            device=self.args.device,
-            autocast=lambda: self.accelerator.autocast(),
-            folder=Path(str(self.args.output_dir)),
-        )
+    def call_model_init(self, trial: Any = None) -> PreTrainedModel:
+        """Makes a new student, and the parts ready for it."""
+        model = cast(PreTrainedModel, super().call_model_init(trial))
+        for part in self.parts:
+            part.prepare(model)
+        if self._is_training:
+            self._prepare_parts(model)
+        return model
 
-    def _prepare_parts(self) -> None:
-        model, rows = self.accelerator.unwrap_model(self.model), self._rows()
+    def _prepare_parts(self, model: PreTrainedModel) -> None:
+        rows = self._rows()
         for part in self.parts:
             part.before_training(model, rows)
         if any(part.numbered for part in self.parts) and not isinstance(self.train_dataset, NumberedRows):
@@ -256,33 +267,20 @@ class CompressionTrainer(CheckpointingTrainer):
                 )
             self.train_dataset = NumberedRows(self.train_dataset)
 
-    def _set_signature_columns_if_needed(self) -> None:
-        if self._signature_columns is not None:
-            return
-        super()._set_signature_columns_if_needed()
-        known = cast(list[str], self._signature_columns)
-        self._for_parts = {EXAMPLE_ID, *(name for part in self.parts for name in part.columns)} - set(known)
-        self._signature_columns = [*known, *sorted(self._for_parts)]
-
-    def _for_model(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        """Leaves out what the parts alone read."""
-        self._set_signature_columns_if_needed()
-        return {name: value for name, value in inputs.items() if name not in self._for_parts}
-
-    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        prepared = super()._prepare_inputs(inputs)
-        training = cast(nn.Module, self.model).training
-        return prepared if training else self._for_model(prepared)  # parts have no say in evaluation
-
     def _part_parameters(self) -> list[nn.Parameter]:
         return [parameter for part in self.parts for parameter in part.parameters()]
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Makes the optimizer, with what the parts train beside the model."""
-        is_new = self.optimizer is None
         optimizer = super().create_optimizer(model)
-        own = self._part_parameters()
-        if is_new and own:
+        known = {id(each) for group in cast(list[dict[str, Any]], optimizer.param_groups) for each in group["params"]}
+        own = [each for each in self._part_parameters() if id(each) not in known]
+        if own and self.lr_scheduler is not None:
+            raise TrainingError(
+                "the scheduler is of an optimizer that does not train the projections of hidden states",
+                hint="Pass optimizers=(optimizer, None), and the Trainer makes the scheduler after they are added.",
+            )
+        if own:
             optimizer.add_param_group({"params": own, "weight_decay": self.args.weight_decay})
         return optimizer
 
@@ -349,12 +347,16 @@ class CompressionTrainer(CheckpointingTrainer):
             self._pivoted = in_two_factors(model)
             if self._pivoted:
                 commit(model)  # a checkpoint written meanwhile says what it holds
+        self._is_training = True
         try:
-            self._prepare_parts()
+            if self.model_init is None:
+                self._prepare_parts(cast(PreTrainedModel, model))
             return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
         except BaseException:
             self._let_go()
             raise
+        finally:
+            self._is_training = False
 
     def _refuse_reentrant_checkpointing(self) -> None:
         """Its gradients pass by what hooks and attention maps take out of a layer."""

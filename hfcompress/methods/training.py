@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from pydantic import Field
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, TrainingArguments
 
 
-# The column with a training row's number, for parts that are `numbered`; no model sees it.
-EXAMPLE_ID = "example_id"
+# What a batch calls the numbers of its rows, for parts that are `numbered`; no model sees it, and no collator.
+EXAMPLE_ID = "hfcompress_row"
 
 
 class TrainingConfig(Config):
@@ -126,8 +126,9 @@ def shifts_labels(model: PreTrainedModel) -> bool:
     """Tells whether a model's output at a token is judged by the label of the next one, as in causal LMs."""
     if model.config.is_encoder_decoder:
         return False
+    inner = cast(Any, model).get_base_model() if hasattr(model, "get_base_model") else model  # of a PEFT model
     # Some older classes (GPT2LMHeadModel) name no loss and get the causal one by default.
-    return model.loss_type == "ForCausalLM" or (model.loss_type is None and "LMHead" in type(model).__name__)
+    return model.loss_type == "ForCausalLM" or (model.loss_type is None and "LMHead" in type(inner).__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,13 +155,12 @@ class Rows:
         return len(self.dataset)
 
     def __iter__(self) -> Iterator[Mapping[str, Any]]:
-        columns = getattr(self.dataset, "column_names", None)
-        if columns is None:
+        if getattr(self.dataset, "column_names", None) is None:
             yield from (self.dataset[number] for number in range(len(self)))
             return
         for start in range(0, len(self), 1000):  # `datasets` reads a slice much faster than row by row
-            part = self.dataset[start : start + 1000]
-            yield from ({name: part[name][i] for name in columns} for i in range(len(part[columns[0]])))
+            part = self.dataset[start : start + 1000]  # a format or a transform may give other columns than there are
+            yield from (dict(zip(part, values, strict=True)) for values in zip(*part.values(), strict=True))
 
     def batch(self, numbers: Sequence[int]) -> dict[str, Any]:
         """Returns the batch of some rows on the device."""
@@ -192,6 +192,25 @@ class NumberedRows(torch.utils.data.Dataset):
             return [self[number] for number in numbers]
         found = self.rows.__getitems__(numbers)
         return [{**row, EXAMPLE_ID: number} for row, number in zip(found, numbers, strict=True)]
+
+
+class Numbering:
+    """A collator that puts the numbers of `NumberedRows` beside a batch that another makes, which never sees them.
+
+    Args:
+        collate: The other.
+    """
+
+    def __init__(self, collate: Callable[[list[Any]], Any]) -> None:
+        self.collate = collate
+
+    def __call__(self, rows: list[Any]) -> Any:
+        """Makes the batch."""
+        if not rows or not isinstance(rows[0], Mapping) or EXAMPLE_ID not in rows[0]:
+            return self.collate(rows)
+        batch = self.collate([{name: each for name, each in row.items() if name != EXAMPLE_ID} for row in rows])
+        batch[EXAMPLE_ID] = torch.tensor([row[EXAMPLE_ID] for row in rows])
+        return batch
 
 
 class Part:
