@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "hfcompress"
 FLOORS = (
-    {"errors", "configuration"},
+    {"errors", "configuration", "machine"},
     {"modeling", "tasks"},
     {"methods", "evaluation", "deployment"},
     {"recipe"},

@@ -26,6 +26,7 @@ from hfcompress.evaluation.records import STRICT, Count, Figure, plain
 from hfcompress.evaluation.robustness import Robustness
 from hfcompress.evaluation.seeds import Seeds
 from hfcompress.evaluation.usage import Usage
+from hfcompress.machine import cpu_name
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -203,7 +204,7 @@ def describe_environment() -> dict[str, str]:
     return {
         "python": platform.python_version(),
         **{name: _version(name) for name in packages},
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "threads": str(torch.get_num_threads()),
         "platform": platform.platform(),
     }
@@ -214,16 +215,6 @@ def _version(package: str) -> str:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return "not installed as a package"
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        for line in info.read_text(encoding="utf-8", errors="replace").splitlines():
-            key, _, value = line.partition(":")
-            if key.strip() == "model name":
-                return value.strip()
-    return platform.processor() or platform.machine()
 
 
 def _umask() -> int:

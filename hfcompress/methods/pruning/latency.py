@@ -19,6 +19,7 @@ import torch
 from transformers import PreTrainedModel
 
 from hfcompress.errors import CompressionError
+from hfcompress.machine import cpu_name
 from hfcompress.methods.pruning.search import keep_the_best, knapsack
 from hfcompress.methods.pruning.targets import Target, rounded_down
 from hfcompress.methods.pruning.units import Units, head_units, neuron_units
@@ -211,7 +212,7 @@ def _agreed(table: Callable[[], LatencyTable]) -> LatencyTable:
 
 def _key(model: PreTrainedModel, kinds: Any, steps: Any, inputs: Batch) -> str:
     shapes = {name: list(value.shape) for name, value in inputs.items()}
-    machine = [platform.processor(), platform.machine(), os.cpu_count(), torch.get_num_threads(), torch.__version__]
+    machine = [cpu_name(), platform.machine(), os.cpu_count(), torch.get_num_threads(), torch.__version__]
     device = torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else str(model.device)
     loaded = [type(model).__name__, str(model.dtype), model.config._attn_implementation, device, tensor_bytes(model)]
     text = json.dumps([machine, loaded, list(map(list, kinds)), list(steps.values()), shapes])
