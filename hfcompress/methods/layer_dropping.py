@@ -246,9 +246,12 @@ def layer_dropping(model: PreTrainedModel, config: LayerDroppingConfig, context:
     spec = next(each for each in architecture_of(model).stacks if each.layers == stack)
     if config.which == "importance" and spec.shared:
         raise CompressionError(f"{stack}: its layers are one and the same: none is less important")
-    layers: Any = base_model(model).get_submodule(stack)
+    parts = None
+    if not spec.shared:  # else the path may stand for several lists
+        layers: Any = base_model(model).get_submodule(stack)
+        parts = _Layers(layers)
     candidates = range(1 if spec.first_stays else 0, depth)
-    kept, findings = _choose(model, config, context, depth, candidates, None if spec.shared else _Layers(layers))
+    kept, findings = _choose(model, config, context, depth, candidates, parts)
     drop_layers(model, kept, stack=stack)
     commit(model)
     return {"stack": stack} | findings | {"kept": kept}
@@ -322,7 +325,7 @@ def _mean_inputs(
 
     def watch(number: int) -> Any:
         def hook(module: nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
-            rows = real_rows(arguments[0], current)
+            rows = real_rows(model, arguments[0], current)
             totals[number] = totals[number] + rows.double().sum(0)
             counts[number] += len(rows)
 

@@ -6,7 +6,9 @@ smaller vocabulary; the tokenizer that belongs to it must be saved with it.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,6 +22,7 @@ from hfcompress.methods.registry import Context, Method, register
 from hfcompress.methods.token_trimming import needed, rebuilt, state_of, trim, vocabulary_of
 from hfcompress.modeling.anatomy import base_model
 from hfcompress.modeling.checkpoint import commit
+from hfcompress.modeling.width import cut_tensors, named_tensors
 
 _AT_ONCE = 1000  # texts tokenized together
 
@@ -84,7 +87,12 @@ def vocabulary(model: PreTrainedModel, config: VocabularyConfig, context: Contex
 
 
 def _rows(model: PreTrainedModel) -> int:
-    table = model.get_input_embeddings()
+    try:
+        table = model.get_input_embeddings()
+    except NotImplementedError:
+        raise CompressionError(
+            f"{type(model).__name__} has no table of tokens that could be trimmed", hint="Leave vocabulary out."
+        ) from None
     if not isinstance(table, nn.Embedding) or not table.weight.is_floating_point():
         raise CompressionError(
             f"the model's {type(table).__name__} cannot be trimmed: it must be a float embedding",
@@ -152,40 +160,100 @@ def _said_by(model: PreTrainedModel) -> set[int]:
     return said
 
 
+@dataclass(frozen=True)
+class _Rows:
+    """What a model has as many of as tokens.
+
+    Attributes:
+        tensors: The dimensions of tensors, by name.
+        numbers: Attributes of modules, each with its module.
+    """
+
+    tensors: dict[str, tuple[int, ...]]
+    numbers: list[tuple[nn.Module, str]]
+
+
+def _of_tokens(model: PreTrainedModel, rows: int) -> _Rows:
+    """Finds everything that has a row for each token, tied or not.
+
+    It is what differs between two stock models, built without memory, one of which knows a token more.
+
+    Raises:
+        CompressionError: Something of that is not there as its stock class has it.
+    """
+    stock, larger = (_stock(model, size) for size in (rows, rows + 1))
+    shapes, found, own = dict(named_tensors(larger)), _Rows({}, []), dict(named_tensors(model))
+    for name, tensor in named_tensors(stock):
+        pairs = enumerate(zip(tensor.shape, shapes[name].shape, strict=True))
+        dims = tuple(dim for dim, (before, after) in pairs if before != after)
+        held = own.get(name)
+        if dims and (held is None or not held.is_floating_point() or any(held.shape[dim] != rows for dim in dims)):
+            raise CompressionError(
+                f"{name} has no row for each of the {rows} tokens as the stock class has, so it cannot be trimmed",
+                hint="Trim the vocabulary before anything else.",
+            )
+        found.tensors.update({name: dims} if dims else {})
+    table: Any = model.get_input_embeddings()
+    if not any(own[name] is table.weight for name in found.tensors):
+        raise CompressionError(
+            f"vocab_size of {type(model).__name__}'s config does not say how many tokens it knows",
+            hint="Keep the whole vocabulary.",
+        )
+    modules, larger_ones = dict(model.named_modules()), dict(larger.named_modules())
+    for path, module in stock.named_modules():
+        for name, value in vars(module).items():
+            counts = type(value) is int and value == rows != vars(larger_ones[path]).get(name)
+            if counts and path in modules and vars(modules[path]).get(name) == rows:
+                found.numbers.append((modules[path], name))
+    return found
+
+
+def _stock(model: PreTrainedModel, rows: int) -> PreTrainedModel:
+    """Builds a stock model that knows so many tokens on `meta`."""
+    config = copy.deepcopy(model.config)
+    try:
+        config.get_text_config().vocab_size = rows
+        with torch.device("meta"):
+            return type(model)(config)
+    except (ValueError, RuntimeError, TypeError, AssertionError) as error:  # NotImplementedError is a RuntimeError
+        raise CompressionError(
+            f"{type(model).__name__} cannot be built with another vocabulary: {error}",
+            hint="Keep the whole vocabulary.",
+        ) from None
+
+
 def _shrink(model: PreTrainedModel, order: Sequence[int]) -> None:
     """Keeps the rows `order` of everything that has one for each token."""
     number = {old: index for index, old in enumerate(order)}
-    table: Any = model.get_input_embeddings()
-    before, index = table.num_embeddings, torch.tensor(order)
-    pad = table.padding_idx
-    _require_same_padding(model, table, number)
-    head: Any = model.get_output_embeddings()
-    tensors = {id(table.weight): table.weight}
-    for tensor in (getattr(head, "weight", None), getattr(head, "bias", None)):
-        if tensor is not None:
-            tensors[id(tensor)] = tensor
-    final = getattr(model, "final_logits_bias", None)
-    with torch.no_grad():
-        for tensor in tensors.values():
-            tensor[: len(order)] = tensor[index.to(tensor.device)]
-        if final is not None:
-            final[:, : len(order)] = final[:, index.to(final.device)]
-    if pad is not None:
-        table.padding_idx = number[pad]
-    model.resize_token_embeddings(len(order), mean_resizing=False)
-    assert model.get_input_embeddings().num_embeddings == len(order) < before  # type: ignore[union-attr]
+    rows = _rows(model)
+    found = _of_tokens(model, rows)
+    holders = [model.get_submodule(name.rpartition(".")[0]) for name in found.tensors]
+    tables = list({id(module): module for module in holders if isinstance(module, nn.Embedding)}.values())
+    _require_same_padding(model, tables, number)
+    cut_tensors(model, found.tensors, torch.tensor(order))
+    for module, name in found.numbers:
+        setattr(module, name, len(order))
+    for table in tables:
+        if table.padding_idx is not None:
+            table.padding_idx = number[table.padding_idx]
+    configs: list[Any] = [each.config for each in model.modules() if hasattr(each, "config")]
+    for config in configs:
+        if getattr(config, "vocab_size", None) == rows:
+            config.vocab_size = len(order)
+    model.config.get_text_config().vocab_size = len(order)
     for config in _configs(model):
         _renumber(config, number)
 
 
-def _require_same_padding(model: PreTrainedModel, table: nn.Embedding, number: dict[int, int]) -> None:
+def _require_same_padding(model: PreTrainedModel, tables: Sequence[nn.Embedding], number: dict[int, int]) -> None:
     """Refuses to renumber padding where positions are counted from its id."""
     for name, module in model.named_modules():
         pad = getattr(module, "padding_idx", None)
         if isinstance(pad, int) and not isinstance(module, nn.Embedding) and number.get(pad) != pad:
             raise CompressionError(f"{name} counts positions from the id of padding, {pad}, which would change")
-    if table.padding_idx is not None and table.padding_idx not in number:
-        raise CompressionError(f"the tokenizer does not know the model's padding token {table.padding_idx}")
+    for table in tables:
+        if table.padding_idx is not None and table.padding_idx not in number:
+            raise CompressionError(f"the tokenizer does not know the model's padding token {table.padding_idx}")
 
 
 register(

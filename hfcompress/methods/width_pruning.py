@@ -110,6 +110,8 @@ def taylor(model: PreTrainedModel, dimensions: dict[str, tuple[int, ...]], batch
 def width_pruning(model: PreTrainedModel, config: WidthPruningConfig, context: Context) -> dict[str, Any]:
     """Makes a model narrower, in place.
 
+    A decoder beside an encoder (`add_cross_attention`) reads states of the new width from then on.
+
     Args:
         model: A float model of stock shapes and a supported family.
         config: How narrow.
@@ -137,7 +139,7 @@ def width_pruning(model: PreTrainedModel, config: WidthPruningConfig, context: C
             "importance 'taylor' needs calibration batches with labels",
             hint="Pass calibration=[batch, ...] with a 'labels' entry, or choose 'magnitude'.",
         )
-    dimensions = residual_tensors(model)
+    dimensions = residual_tensors(model, wanted)
     units = [each for each in head_units(model) if each.block.spec.head_dim_field is None]  # type: ignore[union-attr]
     if ranking == "taylor":
         scores = taylor(model, dimensions, context.calibration)

@@ -18,12 +18,22 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from hfcompress.errors import CompressionError
-from hfcompress.modeling.anatomy import AttentionBlock, attention_blocks, base_model, feed_forward_blocks, prefix_of
+from hfcompress.modeling.anatomy import (
+    AttentionBlock,
+    architecture_of,
+    attention_blocks,
+    base_model,
+    feed_forward_blocks,
+    prefix_of,
+)
 from hfcompress.modeling.structure import describe
 from hfcompress.modeling.surgery import shrink_attention
 
 # Tensors of these widths are what kernels are fastest at.
 _MULTIPLE = 8
+# The config's field with the width of the embeddings. Where it is the hidden width, some families have no layer
+# between the two (ELECTRA, DeBERTa), so that both must be cut; others have one all the same (ALBERT).
+_EMBEDDINGS = "embedding_size"
 
 
 def width_step(model: PreTrainedModel) -> int:
@@ -62,27 +72,59 @@ def _step(block: AttentionBlock) -> int:
     return math.lcm(_MULTIPLE, block.query_heads) if divided else _MULTIPLE
 
 
-def residual_tensors(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
+def residual_tensors(model: PreTrainedModel, width: int | None = None) -> dict[str, tuple[int, ...]]:
     """Returns the tensors that read or write the residual stream, each with the dimensions that do.
 
     Tied tensors are listed once. Those of an attention whose heads follow the width are listed without the heads.
 
+    Args:
+        model: A model of stock shapes.
+        width: A width that the stock config can say; the next smaller one if None.
+
     Raises:
-        CompressionError: As in `width_step`.
+        CompressionError: As in `width_step`, or the stock config cannot say the width.
     """
-    step = width_step(model)
-    return _plan(model, _fresh(model, int(model.config.hidden_size) - step))[0]
+    return _plan(model, _fresh(model, width or _width(model) - width_step(model)))[0]
 
 
 def _fresh(model: PreTrainedModel, width: int) -> PreTrainedModel:
-    """Builds a stock model of another width on `meta`."""
+    """Builds a stock model of another width and with the same tensors on `meta`.
+
+    Raises:
+        CompressionError: There is none.
+    """
     config = copy.deepcopy(model.config)
     _say(config, model, width)
+    fresh = _stock(model, config)
+    if any(_unlike(model, fresh)) and getattr(config, _EMBEDDINGS, None) == _width(model):
+        setattr(config, _EMBEDDINGS, width)
+        fresh = _stock(model, config)
+    missing, further = _unlike(model, fresh)
+    if missing or further:
+        other = f"has no {missing[0]}, and this one has" if missing else f"has {further[0]}, and this one has none"
+        raise CompressionError(
+            f"a stock model {width} wide {other}: what is cut could not be loaded again",
+            hint="Choose another width, or leave the width as it is.",
+        )
+    return fresh
+
+
+def _stock(model: PreTrainedModel, config: Any) -> PreTrainedModel:
     try:
         with torch.device("meta"):
             return type(model)(config)
     except (ValueError, RuntimeError, AssertionError) as error:
-        raise CompressionError(f"no stock model of this family is {width} wide: {error}") from None
+        raise CompressionError(f"no stock model of this family is {config.hidden_size} wide: {error}") from None
+
+
+def _unlike(model: PreTrainedModel, fresh: PreTrainedModel) -> tuple[list[str], list[str]]:
+    """Returns the names of tensors that only the model has, and of those that only the fresh one has.
+
+    Parts that models of the class may be without are not told.
+    """
+    own, stock = ({name for name, _ in named_tensors(each)} for each in (model, fresh))
+    optional = tuple(f"{prefix_of(model)}{path}." for path in architecture_of(model).detachable)
+    return sorted(own - stock), sorted(name for name in stock - own if not f"{name}.".startswith(optional))
 
 
 def _say(config: Any, model: PreTrainedModel, width: int) -> None:
@@ -105,17 +147,16 @@ _Plan = dict[str, tuple[int, ...]]
 def _plan(model: PreTrainedModel, fresh: PreTrainedModel) -> tuple[_Plan, _Plan]:
     """Returns, of each tensor, the dimensions that the hidden width is, and those that are all layers' heads."""
     heads, stream, by_head = _head_dimensions(model), (_width(model), _width(fresh)), _head_counts(model, fresh)
-    shapes = {name: tensor.shape for name, tensor in _tensors(fresh)}
+    shapes = {name: tensor.shape for name, tensor in named_tensors(fresh)}
     plan: tuple[_Plan, _Plan] = ({}, {})
     seen: set[int] = set()
-    for name, tensor in _tensors(model):
+    for name, tensor in named_tensors(model):
         if id(tensor) in seen:
             continue
         seen.add(id(tensor))
-        new = shapes.get(name)
-        if new is None or len(new) != tensor.dim():
+        if len(shapes[name]) != tensor.dim():
             raise CompressionError(f"{name} has no counterpart in a stock model of another width")
-        for dim, (was, becomes) in enumerate(zip(tensor.shape, new, strict=True)):
+        for dim, (was, becomes) in enumerate(zip(tensor.shape, shapes[name], strict=True)):
             if was == becomes or (name, dim) in heads:
                 continue
             if (was, becomes) not in (stream, by_head):
@@ -155,7 +196,8 @@ def _head_dimensions(model: PreTrainedModel) -> set[tuple[str, int]]:
     return found
 
 
-def _tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+def named_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yields all parameters and buffers, those held in several places under each of their names."""
     yield from model.named_parameters(remove_duplicate=False)
     yield from model.named_buffers(remove_duplicate=False)
 
@@ -184,13 +226,15 @@ def cut_width(model: PreTrainedModel, kept: torch.Tensor, heads: Mapping[str, Se
     for block, stay in zip(following, stays, strict=True):
         # A bias that all layers share is cut with the heads: nothing has to be picked out of it.
         shrink_attention(replace(block, spec=replace(block.spec, shared_bias="none")), stay)
-    _cut_tensors(model, plan, kept)
+    cut_tensors(model, plan, kept)
     if by_head:
-        _cut_tensors(model, by_head, torch.tensor(stays[0]))
+        cut_tensors(model, by_head, torch.tensor(stays[0]))
     configs = {id(own): own for module in model.modules() if (own := getattr(module, "config", None)) is not None}
     for config in configs.values():
         if getattr(config, "hidden_size", None) == before:
             _say(config, model, len(kept))
+            if hasattr(fresh.config, _EMBEDDINGS):
+                setattr(config, _EMBEDDINGS, getattr(fresh.config, _EMBEDDINGS))
     for name, module in model.named_modules():
         _copy_numbers(fresh.get_submodule(name), module)
 
@@ -209,9 +253,16 @@ def _heads_that_stay(
     return stays
 
 
-def _cut_tensors(model: PreTrainedModel, plan: Mapping[str, Sequence[int]], kept: torch.Tensor) -> None:
+def cut_tensors(model: PreTrainedModel, plan: Mapping[str, Sequence[int]], kept: torch.Tensor) -> None:
+    """Keeps some indexes of dimensions of tensors, in every place that holds them: what is tied stays so.
+
+    Args:
+        model: The model.
+        plan: By name, the dimensions of each tensor; of one held in several places one name is enough.
+        kept: Which indexes stay, int64.
+    """
     made: dict[int, Any] = {}
-    tensors = dict(_tensors(model))
+    tensors = dict(named_tensors(model))
     for name, dims in plan.items():
         old = tensors[name]
         new = old.detach()

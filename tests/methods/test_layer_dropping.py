@@ -143,6 +143,33 @@ def test_several_stacks_must_be_told_apart() -> None:
         compress(make("t5"), [LayerDroppingConfig()])
 
 
+@pytest.mark.parametrize("stack", [None, "encoder.albert_layer_groups.*.albert_layers"])
+@pytest.mark.parametrize("which", ["auto", "first", "last", "spread"])
+def test_a_layer_that_is_run_over_and_over_runs_less_often(which: str, stack: str | None, tmp_path: Path) -> None:
+    model, inputs = make("albert", "SequenceClassification"), inputs_for("albert", "SequenceClassification")
+    shallow = make("albert", "SequenceClassification", num_hidden_layers=1)
+    shallow.load_state_dict(model.state_dict())
+    config = LayerDroppingConfig(drop=2, which=which, stack=stack)
+    found = layer_dropping(model, config, Context(calibration=[inputs]))
+    assert (found["which"], found["of"], len(found["kept"])) == ("last" if which == "auto" else which, 3, 1)
+    assert model.config.num_hidden_layers == 1 and not needs_plugin(model)
+    assert torch.equal(run(model, inputs)[0], run(shallow, inputs)[0])
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path, attn_implementation="eager")
+    assert torch.equal(run(again, inputs)[0], run(model, inputs)[0])
+
+
+@pytest.mark.parametrize(
+    ("values", "which", "problem"),
+    [({}, "importance", "one and the same"), ({"num_hidden_groups": 3}, "last", "only where all are one group")],
+)
+def test_runs_of_one_layer_that_cannot_go_are_refused(values: dict, which: str, problem: str) -> None:
+    model = make("albert", "SequenceClassification", **values)
+    with pytest.raises(CompressionError, match=problem):
+        compress(model, [LayerDroppingConfig(which=which)])
+    assert model.config.num_hidden_layers == 3
+
+
 @pytest.mark.parametrize("values", [{"drop": 0}, {"drop": True}, {"which": "middle"}])
 def test_bad_fields_are_refused(values: dict) -> None:
     with pytest.raises(ConfigError):

@@ -14,6 +14,7 @@ from transformers import (
     BartForConditionalGeneration,
     BertConfig,
     BertForMaskedLM,
+    EncoderDecoderModel,
     GPT2Config,
     GPT2LMHeadModel,
     PreTrainedTokenizerFast,
@@ -21,11 +22,14 @@ from transformers import (
     RobertaForSequenceClassification,
 )
 
-from hfcompress import QuantizationConfig, VocabularyConfig, compress
+from hfcompress import QuantizationConfig, StructuredPruningConfig, VocabularyConfig, compress
 from hfcompress.errors import CompressionError
 from hfcompress.methods.registry import Context
 from hfcompress.methods.vocabulary import vocabulary
-from tests.workshop import tiny_classifier
+from hfcompress.modeling.layers.tied import LowRankEmbedding
+from hfcompress.modeling.ties import replace_table
+from tests.tiny_models import VOCABULARY, make, run
+from tests.workshop import tiny_classifier, tiny_tokenizer
 
 LEARNT = [
     "the lowest tower is slower than the newest one",
@@ -169,6 +173,87 @@ def test_an_encoder_and_decoder_keep_their_special_ids() -> None:
     order = original.convert_tokens_to_ids(tokenizer.convert_ids_to_tokens(list(range(len(tokenizer)))))
     torch.testing.assert_close(outputs(model, tokenizer), before[..., order])
     assert model.config.decoder_start_token_id == tokenizer.convert_tokens_to_ids("</s>")
+
+
+FEW = ["good film was fine", "bad plot very dull", "a film"]
+UNTIED: list[Any] = [
+    ("bert", "MaskedLM", {}),
+    ("bert", "PreTraining", {}),
+    ("bert", "LMHeadModel", {}),
+    ("roberta", "MaskedLM", {}),
+    ("roberta", "CausalLM", {}),
+    ("xlm-roberta", "MaskedLM", {}),
+    ("albert", "MaskedLM", {}),
+    ("albert", "PreTraining", {}),
+    ("mpnet", "MaskedLM", {}),
+    ("deberta-v2", "MaskedLM", {}),
+    ("deberta-v2", "MaskedLM", {"legacy": False}),
+    ("electra", "MaskedLM", {}),
+    ("distilbert", "MaskedLM", {}),
+    ("bart", "", {}),
+    ("bart", "ConditionalGeneration", {}),
+    ("pegasus", "ConditionalGeneration", {}),
+    ("t5-gated", "ConditionalGeneration", {}),
+    ("llama", "CausalLM", {}),
+]
+
+
+def every_output(model: Any, tokenizer: Any) -> list[torch.Tensor]:
+    inputs = dict(tokenizer(FEW, padding=True, return_tensors="pt"))
+    inputs.pop("token_type_ids", None)
+    if model.config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = inputs["input_ids"].flip(1)
+    return run(model, inputs)
+
+
+@pytest.mark.parametrize(("family", "head", "values"), UNTIED)
+def test_what_is_not_tied_is_trimmed_apart(family: str, head: str, values: dict, tmp_path: Path) -> None:
+    model, tokenizer = make(family, head, tie_word_embeddings=False, **values), tiny_tokenizer()
+    old_ids, rows = tokenizer.get_vocab(), model.config.vocab_size
+    before, apart = every_output(model, tokenizer), len({id(each) for each in model.parameters()})
+    compress(model, [VocabularyConfig()], tokenizer=tokenizer, texts=FEW)
+    order = [old_ids[token] for token, _ in sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])]
+    assert len({id(each) for each in model.parameters()}) == apart
+    assert not [name for name, value in model.state_dict().items() if rows in value.shape]
+    after = every_output(model, tokenizer)
+    for got, wanted in zip(after, before, strict=True):
+        torch.testing.assert_close(got, wanted[..., order] if wanted.shape[-1] == rows else wanted)
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path, attn_implementation="eager")
+    assert all(torch.equal(*pair) for pair in zip(every_output(again, tokenizer), after, strict=True))
+
+
+def test_tables_that_stay_apart_are_compressed_on(tmp_path: Path) -> None:
+    model, tokenizer = make("bart", "ConditionalGeneration", tie_word_embeddings=False), tiny_tokenizer()
+    compress(model, [StructuredPruningConfig(heads=0.3, neurons=0.3)])
+    model.save_pretrained(tmp_path / "1")
+    model = type(model).from_pretrained(tmp_path / "1", attn_implementation="eager")
+    steps = [VocabularyConfig(), QuantizationConfig(weights=None, embeddings="int8")]
+    compress(model, steps, tokenizer=tokenizer, texts=FEW)
+    model.save_pretrained(tmp_path / "2")
+    again = type(model).from_pretrained(tmp_path / "2", attn_implementation="eager")
+    pairs = zip(*(every_output(each, tokenizer) for each in (again, model)), strict=True)
+    assert all(torch.equal(*pair) for pair in pairs)
+
+
+def test_another_table_that_is_compressed_already_is_refused_by_name() -> None:
+    model, tokenizer = make("bart", "ConditionalGeneration", tie_word_embeddings=False), tiny_tokenizer()
+    table = LowRankEmbedding(VOCABULARY, 32, 4)
+    for weight in table.parameters():
+        torch.nn.init.normal_(weight)
+    replace_table(model, "decoder.embed_tokens", table)
+    before, size = {name: value.clone() for name, value in model.state_dict().items()}, len(tokenizer)
+    with pytest.raises(CompressionError, match=r"model\.decoder\.embed_tokens\.weight has no row for each"):
+        compress(model, [VocabularyConfig()], tokenizer=tokenizer, texts=FEW)
+    assert len(tokenizer) == size and model.config.vocab_size == VOCABULARY
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_models_of_sounds_or_of_two_models_are_refused() -> None:
+    two = EncoderDecoderModel(encoder=make("bert", ""), decoder=make("bert", "LMHeadModel", add_cross_attention=True))
+    for model, problem in ((make("wav2vec2", "CTC"), "no table of tokens"), (two, "does not say how many tokens")):
+        with pytest.raises(CompressionError, match=problem):
+            compress(model, [VocabularyConfig()], tokenizer=tiny_tokenizer(), texts=FEW)
 
 
 def test_it_fills_up_to_a_multiple() -> None:

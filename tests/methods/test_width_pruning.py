@@ -4,15 +4,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import BertModel
 
 from hfcompress import LowRankConfig, StructuredPruningConfig, WidthPruningConfig, compress
 from hfcompress.errors import CompressionError, ConfigError
 from hfcompress.methods.registry import Context
 from hfcompress.methods.width_pruning import magnitude, taylor, width_pruning
-from hfcompress.modeling.anatomy import attention_blocks
+from hfcompress.modeling.anatomy import attention_blocks, base_model
 from hfcompress.modeling.checkpoint import needs_plugin
 from hfcompress.modeling.width import cut_width, residual_tensors
-from tests.tiny_models import WIDTH, inputs_for, make, run
+from tests.modeling.test_cross_attention import DECODERS, decoder, decoder_inputs
+from tests.tiny_models import HEADS, LAYERS, WIDTH, inputs_for, make, run
 from tests.workshop import batches, tiny_classifier
 
 CASES = [
@@ -44,6 +46,77 @@ def test_what_is_narrower_is_stock_and_reloads(family: str, head: str, tmp_path:
     for got, wanted in zip(run(again, inputs), run(model, inputs), strict=True):
         assert torch.allclose(got, wanted, atol=1e-5)
     assert not [name for name, tensor in again.named_parameters() if tensor.shape != model.get_parameter(name).shape]
+
+
+@pytest.mark.parametrize(
+    ("family", "head"),
+    [
+        ("electra", "SequenceClassification"),
+        ("electra", "MaskedLM"),
+        ("electra", "PreTraining"),
+        ("deberta-v2", "SequenceClassification"),
+        ("deberta-v2", "MaskedLM"),
+    ],
+)
+def test_embeddings_as_wide_as_the_stream_are_cut_with_it(family: str, head: str, tmp_path: Path) -> None:
+    model, inputs = make(family, head, embedding_size=WIDTH), inputs_for(family, head)
+    width_pruning(model, WidthPruningConfig(remove=0.25), Context())
+    assert model.config.embedding_size == model.config.hidden_size == model.get_input_embeddings().embedding_dim == 24
+    model.save_pretrained(tmp_path)
+    again, found = type(model).from_pretrained(tmp_path, output_loading_info=True, attn_implementation="eager")
+    assert not found["missing_keys"] and not found["unexpected_keys"]
+    assert all(torch.equal(*pair) for pair in zip(run(again, inputs), run(model, inputs), strict=True))
+
+
+def test_embeddings_that_a_layer_of_their_own_widens_stay_whatever_their_width() -> None:
+    model = make("albert", "SequenceClassification", embedding_size=WIDTH)
+    table = model.get_input_embeddings().weight.clone()
+    width_pruning(model, WidthPruningConfig(remove=0.25), Context())
+    assert (model.config.embedding_size, model.config.hidden_size) == (WIDTH, 24)
+    assert torch.equal(model.get_input_embeddings().weight, table)
+    run(model, inputs_for("albert", "SequenceClassification"))
+
+
+def test_a_width_at_which_the_stock_model_has_other_layers_is_refused() -> None:
+    model, inputs = make("electra", embedding_size=24), inputs_for("electra")
+    before = run(model, inputs)
+    with pytest.raises(CompressionError, match=r"24 wide has no electra\.embeddings_project\.bias"):
+        width_pruning(model, WidthPruningConfig(width=24), Context())
+    assert torch.equal(run(model, inputs)[0], before[0])
+    width_pruning(model, WidthPruningConfig(width=16), Context())
+    assert model.electra.embeddings_project.weight.shape == (16, 24)
+
+
+def test_a_model_without_its_pooler_is_cut_too() -> None:
+    config = make("bert", "").config
+    model = BertModel(config, add_pooling_layer=False).eval()
+    width_pruning(model, WidthPruningConfig(width=24), Context())
+    assert run(model, inputs_for("bert", ""))[0].shape[-1] == 24
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+@pytest.mark.parametrize("family", DECODERS)
+def test_cross_attention_keeps_whole_heads(family: str, labelled: bool, tmp_path: Path) -> None:
+    model = decoder(family)
+    old = {name: value.clone() for name, value in base_model(model).state_dict().items()}
+    batch = decoder_inputs(family, WIDTH)
+    batch |= {"labels": batch["input_ids"]} if labelled else {}
+    width_pruning(model, WidthPruningConfig(width=24), Context(calibration=[batch]))
+    blocks = [each for each in attention_blocks(model) if "crossattention" in each.name]
+    assert len(blocks) == LAYERS
+    for block in blocks:
+        heads = old[f"{block.name}.value.bias"].view(HEADS, -1)
+        stay = [
+            number for number, head in enumerate(heads) if set(head.tolist()) & set(block.module.value.bias.tolist())
+        ]
+        assert len(stay) == block.heads == block.module.num_attention_heads == 3
+        for projection in ("query", "key", "value"):
+            rows = old[f"{block.name}.{projection}.bias"].view(HEADS, -1)[stay].flatten()
+            assert torch.equal(getattr(block.module, projection).bias, rows)
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path, attn_implementation="eager")
+    inputs = decoder_inputs(family, 24)
+    assert torch.equal(run(again, inputs)[0], run(model, inputs)[0])
 
 
 def test_tied_tables_stay_tied() -> None:
