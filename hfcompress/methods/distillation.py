@@ -18,7 +18,16 @@ from transformers import PreTrainedModel
 from hfcompress.errors import CompressionError
 from hfcompress.methods.registry import Context, Method, register
 from hfcompress.methods.teaching.cache import TeacherCache
-from hfcompress.methods.teaching.checks import check_rows, label_order, require_same_vocabulary, same_problem
+from hfcompress.methods.teaching.checks import (
+    as_teachers,
+    check_rows,
+    label_order,
+    plain_model,
+    refuse_outputs_of_some_tokens,
+    refuse_shared_weights,
+    require_same_vocabulary,
+    same_problem,
+)
 from hfcompress.methods.teaching.config import DistillationConfig
 from hfcompress.methods.teaching.filling import fill
 from hfcompress.methods.teaching.intermediate import Intermediate
@@ -26,6 +35,7 @@ from hfcompress.methods.teaching.losses import (
     OUTPUT_LOSSES,
     logit_mse,
     multi_label,
+    per_real_token,
     soft_label_loss,
     top_k_forward_kl,
     weighted_mean,
@@ -73,7 +83,7 @@ class DistillationPart(Part):
     ) -> None:
         self.config = self._now = config
         self.label_weight = config.hard
-        self.teachers = [teacher] if isinstance(teacher, PreTrainedModel) else list(teacher)
+        self.teachers = as_teachers(teacher)
         several = [tokens] * len(self.teachers) if tokens is None or isinstance(tokens, OtherTokens) else list(tokens)
         if len(several) != len(self.teachers):
             raise CompressionError(f"tokens has {len(several)} entries for {len(self.teachers)} teachers")
@@ -105,6 +115,7 @@ class DistillationPart(Part):
             CompressionError: The models cannot be compared, or the cache cannot be made.
             DataError: The rows have no labels that the model could learn.
         """
+        model = plain_model(model)
         if rows is not None:
             check_rows(rows, model, needs_labels=self.config.hard > 0)
         self._rows = rows
@@ -131,10 +142,14 @@ class DistillationPart(Part):
             )
         for source in self._sources:
             source.close()
+        refuse_shared_weights(model, self.teachers)
+        if self.config.soft > 0:
+            refuse_outputs_of_some_tokens(model)
         self._model, self._sources = model, []
         self._orders = [self._order(model, *each) for each in zip(self.teachers, self._tokens, strict=True)]
         self._problem = same_problem(model, self.teachers) if self.config.soft > 0 else None
-        if self.config.cache_top_k and any(order is not None for order in self._orders):
+        labels = not is_token_level(model) or any(order is not None for order in self._orders)
+        if self.config.cache_top_k and self.config.soft > 0 and labels:
             raise CompressionError(
                 f"cache_top_k keeps the likeliest of a vocabulary, and a {type(model).__name__} predicts labels",
                 hint="Leave cache_top_k out: a few labels take little room.",
@@ -154,6 +169,7 @@ class DistillationPart(Part):
         if tokens is not None:
             outputs, attention = self.config.soft > 0, self.config.attention > 0
             refuse_what_tokens_cannot_say(model, teacher, outputs=outputs, attention=attention)
+            tokens.require_room(teacher)
         else:
             require_same_vocabulary(model, teacher)
         return label_order(model, teacher) if self.config.soft > 0 else None
@@ -183,6 +199,7 @@ class DistillationPart(Part):
         Raises:
             CompressionError: Their labels, vocabularies or layers cannot be matched.
         """
+        model = plain_model(model)
         if self._model is not model:
             self._match(model)
         if self.teachers:
@@ -200,6 +217,8 @@ class DistillationPart(Part):
         self._step = step
         self._now = self.config.at(step / self._total_steps)
         self.label_weight = 0.0 if self._first_stage else self._now.hard
+        if self._between and self._model is not None and not self._compares_between:
+            self._between.end(self._model)  # the stage that compared layers is over
 
     @property
     def _first_stage(self) -> bool:
@@ -279,7 +298,10 @@ class DistillationPart(Part):
         several = labels is not None and labels.dim() == 2 and labels.is_floating_point() and order is not None
         if several or self._problem == "multi_label_classification":
             return weighted_mean(multi_label(student, teacher, temperature))
-        return weighted_mean(OUTPUT_LOSSES[self.config.soft_loss](student, teacher, temperature))
+        values = OUTPUT_LOSSES[self.config.soft_loss](student, teacher, temperature)
+        if self.config.soft_loss == "mse" and "start_logits" in outputs:  # a mean over tokens, padding among them
+            values = per_real_token(values, inputs.get("attention_mask"))
+        return weighted_mean(values)
 
     def after_step(self, step: int) -> None:
         """Goes on to the outputs when the first stage is over."""
@@ -318,9 +340,7 @@ def _columns(teachers: Sequence[PreTrainedModel], tokens: Sequence[OtherTokens |
 
 
 def _part(config: DistillationConfig, context: Context) -> DistillationPart:
-    teachers = context.teacher
-    if teachers is None or (not isinstance(teachers, PreTrainedModel) and len(teachers) == 0):
-        raise CompressionError("distillation needs a teacher", hint="Pass teacher=..., a fine-tuned model.")
+    teachers: Any = context.teacher  # refused where there is none
     return DistillationPart(config, teachers, context.cache_dir, context.teacher_tokens)
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch.nn.utils.rnn import pad_sequence
 
 from hfcompress.errors import CheckpointError
 from hfcompress.methods.teaching.signals import Place, Signals
@@ -172,17 +173,22 @@ class TeacherCache:
         return [(prefix, int(layer)) for prefix, _, layer in split]
 
     def _mask(self, inputs: Mapping[str, torch.Tensor], counted: torch.Tensor) -> torch.Tensor:
-        if self.layout.decodes:
+        if self.layout.decodes or "input_ids" not in inputs:  # of sound, all real frames count
             return counted
         mask = inputs.get("attention_mask")
         return mask.bool() if mask is not None and mask.shape == counted.shape else torch.ones_like(counted)
 
     def _hidden(self, inputs: Mapping[str, torch.Tensor], numbers: Sequence[int], place: Place) -> torch.Tensor:
+        if place[0] == "decoder_":
+            mask = inputs["labels"].ne(-100)
+        elif "input_ids" in inputs:
+            mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"]))
+        else:
+            # Images and sound: a mask is one of samples, and the frames that were kept are padded as the student's.
+            rows = [self._rows([number], state_name(place), per_token=True) for number in numbers]
+            return pad_sequence(rows, batch_first=True).to(next(iter(inputs.values())).device)
         flat = self._rows(numbers, state_name(place), per_token=True)
-        mask = inputs["labels"].ne(-100) if place[0] == "decoder_" else inputs.get("attention_mask")
-        if mask is None or (place[0] == "encoder_" and "input_ids" not in inputs):  # sound: all rows are alike
-            return flat.view(len(numbers), -1, flat.shape[-1]).to(next(iter(inputs.values())).device)
-        mask = mask.bool()
+        mask = mask.bool().flatten(0, -2)  # choices are so many examples
         self._require(len(flat), mask)
         padded = torch.zeros(*mask.shape, flat.shape[-1], dtype=flat.dtype, device=mask.device)
         padded[mask] = flat.to(mask.device)

@@ -10,10 +10,11 @@ import torch
 from transformers import PreTrainedModel
 
 from hfcompress.errors import CompressionError, DataError
-from hfcompress.methods.teaching.signals import is_token_level
+from hfcompress.methods.teaching.signals import head_name, is_token_level
 from hfcompress.methods.training import Rows, shifts_labels
 
 _LABELS = ("labels", "label", "label_ids", "start_positions")
+_SAY_NO_LABELS = ("QuestionAnswering", "MultipleChoice", "CTC", "XVector")
 
 
 def check_rows(rows: Rows, model: PreTrainedModel, *, needs_labels: bool) -> None:
@@ -32,6 +33,12 @@ def check_rows(rows: Rows, model: PreTrainedModel, *, needs_labels: bool) -> Non
     if len(dataset) == 0:
         raise DataError("the training set is empty: it has no rows")
     values = _labels(dataset)
+    makes_tokens = model.config.is_encoder_decoder and is_token_level(model)
+    if values is None and makes_tokens and not {"labels", "decoder_input_ids"} & _collated(rows):
+        raise DataError(
+            "the training rows have no 'labels', which a decoder reads to say something about them",
+            hint="Give each row labels; with hard: 0 they may be what the teacher generates.",
+        )
     if values is None:
         first = dataset[0]
         if needs_labels and hasattr(first, "keys") and not set(_LABELS) & {*first.keys(), *_collated(rows)}:
@@ -40,8 +47,8 @@ def check_rows(rows: Rows, model: PreTrainedModel, *, needs_labels: bool) -> Non
                 hint="Add labels, let the collator make them, or set hard: 0 to learn from the teacher alone.",
             )
         return
-    if model.loss_type == "ForQuestionAnswering":
-        return  # any place is an answer
+    if model.loss_type == "ForQuestionAnswering" or head_name(model) == "MultipleChoice":
+        return  # any place, or any of a row's choices, is an answer
     of_tokens = model.loss_type == "ForTokenClassification"
     if _count(model) < 2 or (is_token_level(model) and not of_tokens):
         return
@@ -107,7 +114,7 @@ def require_same_vocabulary(student: PreTrainedModel, teacher: PreTrainedModel) 
 
 
 def label_order(student: PreTrainedModel, teacher: PreTrainedModel) -> list[int] | None:
-    """Returns the teacher's output for each of the student's labels, by name; None where tokens are predicted.
+    """Returns the teacher's output for each of the student's labels, by name; None where outputs are no labels.
 
     Raises:
         CompressionError: Labels or kinds of outputs differ.
@@ -118,7 +125,7 @@ def label_order(student: PreTrainedModel, teacher: PreTrainedModel) -> list[int]
             f"a {type(student).__name__} cannot learn from the outputs of a {type(teacher).__name__}",
             hint="Teacher and student must have the same kind of head; set soft: 0 to learn what lies between alone.",
         )
-    if student.get_output_embeddings() is not None:
+    if student.get_output_embeddings() is not None or _unlabelled(student):
         return None
     names, known = _label_names(ours), _label_names(theirs)
     if sorted(names) != sorted(known) or len(set(names)) != len(names):
@@ -129,9 +136,86 @@ def label_order(student: PreTrainedModel, teacher: PreTrainedModel) -> list[int]
     return [known.index(name) for name in names]
 
 
-def _kind_of_head(model: PreTrainedModel) -> tuple[bool, bool, bool]:
+def _kind_of_head(model: PreTrainedModel) -> tuple[Any, ...]:
     """Returns what two models must have in common for their outputs to be about the same."""
-    return is_token_level(model), shifts_labels(model), model.loss_type == "ForQuestionAnswering"
+    kind = _unlabelled(model)
+    width = model.config.xvector_output_dim if kind == "XVector" else None
+    return is_token_level(model), shifts_labels(model), kind, width
+
+
+def _unlabelled(model: PreTrainedModel) -> str | None:
+    """Returns what a head is for whose outputs are none of the config's labels, though it may have some."""
+    said = "QuestionAnswering" if model.loss_type == "ForQuestionAnswering" else head_name(model)
+    return said if said in _SAY_NO_LABELS else None
+
+
+def refuse_outputs_of_some_tokens(student: PreTrainedModel) -> None:
+    """Refuses a student whose outputs are about labelled tokens alone, in one row.
+
+    Raises:
+        CompressionError: It is such a one.
+    """
+    if getattr(student, "sparse_prediction", False):
+        raise CompressionError(
+            f"this {type(student).__name__} gives outputs at labelled tokens only (sparse_prediction), and they cannot "
+            "be laid beside the teacher's",
+            hint="Load the student with sparse_prediction=False, or set soft: 0.",
+        )
+
+
+# Models
+
+
+def plain_model(model: Any) -> Any:
+    """Returns the transformers model in the wrappers of PEFT (its adapters stay in it) and of torch.compile."""
+    while True:
+        if hasattr(model, "_orig_mod"):
+            model = model._orig_mod
+        elif hasattr(model, "get_base_model"):
+            model = model.get_base_model()
+        else:
+            return model
+
+
+def as_teachers(given: Any) -> list[PreTrainedModel]:
+    """Returns one teacher, or several, as a list of plain models.
+
+    Raises:
+        CompressionError: There is none, or one is not a model.
+    """
+    several = given if isinstance(given, list | tuple) else [] if given is None else [given]
+    if not several:
+        raise CompressionError("distillation needs a teacher", hint="Pass teacher=..., a fine-tuned model.")
+    for each in several:
+        if getattr(getattr(each, "active_peft_config", None), "is_prompt_learning", False):
+            raise CompressionError(
+                "a teacher with learnt prompts gives outputs at the prompts too, which no student has",
+                hint="Take an adapter without prompts, such as LoRA.",
+            )
+    models = [plain_model(each) for each in several]
+    for each in models:
+        if not isinstance(each, PreTrainedModel):
+            raise CompressionError(
+                f"a teacher is a model of transformers, not {each!r:.80}",
+                hint="Load it: AutoModelForSequenceClassification.from_pretrained(...), say.",
+            )
+    return models
+
+
+def refuse_shared_weights(student: PreTrainedModel, teachers: Sequence[PreTrainedModel]) -> None:
+    """Refuses a teacher that changes with its student, and has frozen what they share.
+
+    Raises:
+        CompressionError: A parameter belongs to both.
+    """
+    own = {id(each): name for name, each in student.named_parameters()}
+    for teacher in teachers:
+        shared = next((own[id(each)] for each in teacher.parameters() if id(each) in own), None)
+        if shared:
+            raise CompressionError(
+                f"the teacher shares '{shared}' with the student: it would be frozen, or the teacher would change",
+                hint="Load the teacher for itself, or take a copy: teacher=copy.deepcopy(model).",
+            )
 
 
 def same_problem(student: PreTrainedModel, teachers: Sequence[PreTrainedModel]) -> str | None:

@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from hfcompress.configuration import Config
 from hfcompress.methods.teaching.intermediate import Weights
 
+_Pair = Annotated[tuple[int, int], Field(strict=False)]  # a list will do
 Moving = Literal["temperature", "soft", "hard", "hidden", "attention", "relations", "embeddings"]
 
 
@@ -24,7 +25,7 @@ class DistillationConfig(Config):
         hidden: Weight of the loss on hidden states; where widths differ, learned projections go between.
         hidden_loss: How hidden states are compared: `mse` or `cosine`.
         attention: Weight of the loss on attention maps, which need as many heads in the student as in the teacher;
-            both models compute attention eagerly then, which is slower.
+            both models compute attention eagerly then, which is slower, and the student's maps have no dropout.
         relations: Weight of MiniLMv2's loss on how queries, keys and values relate; heads may differ in number.
         relation_heads: Relation heads; by default as many as the teacher's layer has heads.
         relation_layers: The student's layer and the teacher's whose relations are compared; by default the last
@@ -32,7 +33,7 @@ class DistillationConfig(Config):
         embeddings: Weight of the loss on what comes out of the embeddings, compared as hidden states are.
         layers: Which of the student's layers learn from which of the teacher's, for hidden states and attention:
             `uniform`, `last`, `skip`, or pairs such as [[1, 2], [2, 4]]. Where a layer's attention was taken out,
-            the rules leave its maps out.
+            the rules leave its maps out. While layers are compared, layerdrop skips none.
         stage: Share of the steps in which only hidden states, attention, relations and embeddings are learnt; the
             outputs and labels have the steps after it for themselves. 0 learns all together.
         final: What weights and the temperature, by name, are at the last step, such as `{soft: 0.2, temperature: 1}`:
@@ -54,9 +55,9 @@ class DistillationConfig(Config):
     attention: float = Field(0.0, ge=0, le=1000)
     relations: float = Field(0.0, ge=0, le=1000)
     relation_heads: int | None = Field(None, ge=1, le=4096)
-    relation_layers: tuple[int, int] | None = None
+    relation_layers: _Pair | None = None
     embeddings: float = Field(0.0, ge=0, le=1000)
-    layers: Literal["uniform", "last", "skip"] | tuple[tuple[int, int], ...] = "uniform"
+    layers: Literal["uniform", "last", "skip"] | Annotated[tuple[_Pair, ...], Field(strict=False)] = "uniform"
     stage: float = Field(0.0, ge=0, le=1)
     final: dict[Moving, Annotated[float, Field(ge=0, le=1000)]] = Field(default_factory=dict)
     teacher_weights: tuple[float, ...] = Field((), strict=False)
@@ -91,6 +92,12 @@ class DistillationConfig(Config):
     def _something_to_learn(self) -> Self:
         if self.soft == 0 and self.hard == 0 and not any(self.between):
             raise ValueError("all weights, soft and hard too, are 0: there is nothing to learn from")
+        return self
+
+    @model_validator(mode="after")
+    def _layers_are_named(self) -> Self:
+        if not self.layers and (self.hidden or self.attention):
+            raise ValueError("layers: no pair is given, so hidden and attention have nothing to compare")
         return self
 
     @model_validator(mode="after")

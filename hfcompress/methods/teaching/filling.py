@@ -59,13 +59,18 @@ def scan(rows: Rows, *, with_labels: bool) -> tuple[str, list[int], list[int]]:
                 "a row has no 'labels', which say how many tokens the teacher's decoder makes",
                 hint="Add labels, or set cache: false.",
             )
-        read.append(len(row.get("input_ids", ())))
+        read.append(_tokens(row.get("input_ids", ())))
         lengths.append(sum(label != -100 for label in row["labels"]) if with_labels else read[-1])
     for name, value in sorted(_repeatable(rows).items()):
         if name not in left_out:
             hasher.update(name.encode())
             feed(hasher, value)
     return hasher.hexdigest(), lengths, read
+
+
+def _tokens(ids: Any) -> int:
+    """Returns how many tokens a row has, those of all its choices where it has several."""
+    return sum(map(len, ids)) if len(ids) and isinstance(ids[0], list | tuple) else len(ids)
 
 
 def _repeatable(rows: Rows) -> dict[str, Any]:
@@ -99,14 +104,16 @@ def _look(
     with rows.autocast():
         outputs = run_teacher(teacher, batch, asked)
     states = {state_name(place): at_place(outputs, "hidden_states", place) for place in asked.hidden}
-    width = 0
+    width, per_token = 0, is_token_level(teacher)
+    sized = {name: state.shape[1] for name, state in states.items()}
     if asked.logits:
         logits = outputs["logits"]
         width = logits.shape[-1] if logits.dim() > 1 else 1
-    per_token = is_token_level(teacher)
+        if per_token:
+            sized.setdefault("logits", logits.shape[1])
 
-    def alike(encoder: bool) -> int:  # images and sound: all rows have as many
-        return len(rows) * next((state.shape[1] for name, state in states.items() if is_read(name) is encoder), 1)
+    def alike(encoder: bool) -> int:  # images and sound: all rows have as many, or nearly so
+        return len(rows) * next((tokens for name, tokens in sized.items() if is_read(name) is encoder), 1)
 
     return Layout(
         rows=len(rows),
@@ -297,4 +304,6 @@ def _pieces(
     for place in asked.hidden:
         states = at_place(outputs, "hidden_states", place)
         mask = token_mask(teacher, batch, states.shape[:2], place[0])
-        yield state_name(place), states[mask].cpu().split(mask.sum(1).tolist())
+        examples = len(next(value for value in batch.values() if isinstance(value, torch.Tensor)))
+        lengths = mask.reshape(examples, -1).sum(1).tolist()  # an example's choices are kept together
+        yield state_name(place), states[mask].cpu().split(lengths)

@@ -34,6 +34,7 @@ from hfcompress.methods.teaching.signals import (
     relation_widths,
     token_mask,
 )
+from hfcompress.methods.teaching.steady import Steady, refuse_reentrant_checkpointing
 
 logger = logging.getLogger(__name__)
 
@@ -107,6 +108,7 @@ class Intermediate:
         )
         self.projections = _projections(student, teacher, [own for own, _ in self._hidden])
         self._was_attention: str | None = None
+        self._steady: Steady | None = None
 
     def _hidden_places(self, prefixes: Sequence[str]) -> list[tuple[Place, Place]]:
         places = [
@@ -172,7 +174,12 @@ class Intermediate:
     # In training
 
     def begin(self, model: PreTrainedModel, device: torch.device) -> None:
-        """Readies the student: hooks on its projections, eager attention where maps are compared."""
+        """Readies the student: hooks on its projections, no layer skipped; eager and whole attention where compared.
+
+        Raises:
+            TrainingError: Reentrant checkpointing would keep gradients from what is compared.
+        """
+        refuse_reentrant_checkpointing(model)
         self.projections.to(device)
         if self._own_relations and self._tap is None:
             self._tap = ProjectionTap(relation_block(model, self._own_relations))
@@ -181,9 +188,14 @@ class Intermediate:
             logger.info("attention is computed eagerly instead of by %s: its maps are compared", now)
             self._was_attention = now
             model.set_attn_implementation("eager")
+        if self._steady is None:
+            self._steady = Steady(model, maps=bool(self._attention))
 
     def end(self, model: PreTrainedModel) -> None:
         """Leaves the student as it was."""
+        if self._steady:
+            self._steady.end()
+            self._steady = None
         if self._tap:
             self._tap.close()
             self._tap = None
@@ -224,8 +236,11 @@ class Intermediate:
                 for own, other in zip(ours, taught.relations, strict=True)
             ]
         by_name = weights._asdict()
+        means = {name: torch.stack(values).mean(0) for name, values in found.items()}
+        # Every choice of an example counts as the example does.
         return {
-            name: by_name[name] * weighted_mean(torch.stack(values).mean(0), counts) for name, values in found.items()
+            name: by_name[name] * weighted_mean(values, counts.repeat_interleave(len(values) // len(counts)))
+            for name, values in means.items()
         }
 
     def _distances(self, states: torch.Tensor, theirs: torch.Tensor, own: Place, mask: torch.Tensor) -> torch.Tensor:
@@ -239,7 +254,10 @@ class Intermediate:
 
     def _project(self, states: torch.Tensor, place: Place) -> torch.Tensor:
         name = _module_name(place)
-        return self.projections[name](states) if name in self.projections else states
+        if name not in self.projections:
+            return states
+        projection: Any = self.projections[name]
+        return projection(states.to(projection.weight.dtype))  # of its own, in a student of 16 bits too
 
     def parameters(self) -> list[nn.Parameter]:
         """Returns what is trained with the student."""

@@ -58,7 +58,8 @@ def depths(model: PreTrainedModel) -> dict[str, int]:
     """Returns the number of layers of each stack of hidden states that a model's outputs can hold.
 
     Returns:
-        By the prefix in the outputs' names: "" for `hidden_states`, else `encoder_` and `decoder_`.
+        By the prefix in the outputs' names: "" for `hidden_states`, else `encoder_` and `decoder_`. The encoder alone
+        of such a model (Whisper's for classes of sounds) gives `hidden_states`.
     """
     if not model.config.is_encoder_decoder:
         return {"": int(model.config.num_hidden_layers)}
@@ -70,9 +71,10 @@ def depths(model: PreTrainedModel) -> dict[str, int]:
             hint="Leave hidden, attention, relations and embeddings at 0.",
         ) from None
     named = {"encoder_": "encoder", "decoder_": "decoder"}
-    return {
+    by_prefix = {
         prefix: depth
         for prefix, name in named.items()
         for path, depth in found.items()
         if name in path.partition("*")[0].split(".")
     }
+    return by_prefix if "decoder_" in by_prefix else {"": by_prefix["encoder_"]}

@@ -40,6 +40,19 @@ def mean_over_tokens(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return (values * mask).sum(1) / mask.sum(1).clamp(min=1)
 
 
+def per_real_token(values: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """Makes means over all tokens means over the real ones, where padding differs by nothing.
+
+    Args:
+        values: `(batch, ...)`, each averaged over an example's tokens.
+        mask: `(batch, tokens)`, True or 1 at real tokens; None where all are.
+    """
+    if mask is None:
+        return values
+    share = mask.shape[1] / mask.sum(1).clamp(min=1)
+    return values * share.view(-1, *[1] * (values.dim() - 1))
+
+
 # Outputs
 
 

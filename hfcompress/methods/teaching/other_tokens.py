@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple, Protocol
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
@@ -68,7 +69,8 @@ class OtherTokens:
         max_length: Tokens after which both cut.
 
     Raises:
-        CompressionError: A tokenizer is one of the slow ones, which do not know where tokens come from.
+        CompressionError: A tokenizer is one of the slow ones, which do not know where tokens come from; or the
+            teacher's has no token to pad with.
     """
 
     def __init__(
@@ -84,7 +86,30 @@ class OtherTokens:
                     f"the {name}'s tokenizer ({type(tokenizer).__name__}) does not say where its tokens come from",
                     hint="Load it by AutoTokenizer, which takes the fast one where there is one.",
                 )
+        if teacher.pad_token is None:
+            raise CompressionError(
+                f"the teacher's tokenizer ({type(teacher).__name__}) has no token to pad texts of other lengths with",
+                hint="Give it one that the teacher's attention leaves out: tokenizer.pad_token = tokenizer.eos_token.",
+            )
         self.texts, self._student, self._teacher, self._max_length = texts, student, teacher, max_length
+
+    def require_room(self, teacher: PreTrainedModel) -> None:
+        """Refuses texts that are longer than a teacher has positions for.
+
+        Raises:
+            CompressionError: One is.
+        """
+        room = _positions(teacher)
+        if room is None or self._max_length <= room:
+            return
+        for start in range(0, len(self.texts), 1000):
+            read = self._encode(self.texts[start : start + 1000])["input_ids"]
+            longest = max(map(len, read))
+            if longest > room:
+                raise CompressionError(
+                    f"a text has {longest} of the teacher's tokens, and {type(teacher).__name__} has {room} positions",
+                    hint=f"Make the rows and OtherTokens with max_length={room} or less.",
+                )
 
     def rows(self, like: Rows) -> Rows:
         """Returns the training rows as the teacher reads them, batched as the student's are."""
@@ -125,6 +150,14 @@ class OtherTokens:
             found = torch.tensor(align(own, other))
             index[row, places] = torch.where(found >= 0, others[found.clamp(min=0)], -1)
         return index.to(ours.device)
+
+
+def _positions(model: PreTrainedModel) -> int | None:
+    """Returns how many tokens a model has learnt positions for; None where it counts without end."""
+    for name, table in model.named_modules():
+        if name.rpartition(".")[2] in ("position_embeddings", "wpe") and isinstance(table, nn.Embedding):
+            return table.num_embeddings - (0 if table.padding_idx is None else table.padding_idx + 1)
+    return None
 
 
 class _TeacherRows:

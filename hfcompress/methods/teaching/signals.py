@@ -18,6 +18,7 @@ from hfcompress.modeling.architectures import architectures
 Place = tuple[str, int]
 _NOTHING_EXPECTED = -1e4  # far below any logit, and still a number in 16 bits
 QUERY_KEY_VALUE = ("query", "key", "value")
+_OF_FRAMES = ("CTC", "AudioFrameClassification")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,8 +71,15 @@ class Signals:
 
 
 def is_token_level(model: PreTrainedModel) -> bool:
-    """Tells whether a model says something about every token, and not about every example."""
-    return model.get_output_embeddings() is not None or model.loss_type == "ForTokenClassification"
+    """Tells whether a model says something about every token (or frame of sound), and not about every example."""
+    if model.get_output_embeddings() is not None or model.loss_type == "ForTokenClassification":
+        return True
+    return head_name(model) in _OF_FRAMES and hasattr(model, "_get_feat_extract_output_lengths")
+
+
+def head_name(model: PreTrainedModel) -> str:
+    """Returns what a model is for, as its class says it: `MultipleChoice`, say. Not every head names its loss."""
+    return type(model).__name__.rpartition("For")[2]
 
 
 def token_mask(
@@ -98,20 +106,44 @@ def token_mask(
     # An encoder-decoder that judges whole examples reads their tokens in its decoder too.
     masks = (mask, inputs.get("attention_mask")) if decoding and not is_token_level(model) else (mask,)
     for each in masks:
+        if each is not None and each.dim() > 2:
+            each = each.flatten(0, -2)  # a model reads several choices as so many examples
+        elif each is not None and not decoding and each.shape != size:
+            each = _of_frames(model, each, size)
         if each is not None and each.shape == size:
             return each.bool()
     some = next(value for value in inputs.values() if isinstance(value, torch.Tensor))
     return torch.ones(size, dtype=torch.bool, device=some.device)
 
 
+def _of_frames(model: PreTrainedModel, mask: torch.Tensor, size: torch.Size) -> torch.Tensor:
+    """Returns the mask of sound's frames, where one of its samples is given; else the mask itself."""
+    made: Any = model
+    if mask.shape[0] != size[0] or not hasattr(model, "_get_feature_vector_attention_mask"):
+        return mask
+    adapted = getattr(model.config, "add_adapter", False)  # shortens the outputs, but not what lies between
+    if adapted and int(made._get_feat_extract_output_lengths(torch.tensor(mask.shape[1]))) != size[1]:
+        return made._get_feature_vector_attention_mask(size[1], mask, add_adapter=False)
+    return made._get_feature_vector_attention_mask(size[1], mask)
+
+
+def _frames(model: PreTrainedModel, inputs: Mapping[str, torch.Tensor]) -> torch.Size:
+    """Returns for how many frames of sound a model gives outputs: `(batch, frames)`."""
+    sound = next(inputs[name] for name in ("input_values", "input_features") if name in inputs)
+    made: Any = model
+    return torch.Size((sound.shape[0], int(made._get_feat_extract_output_lengths(torch.tensor(sound.shape[1])))))
+
+
 def positions(model: PreTrainedModel, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
     """Returns which outputs count in the losses: `(batch, tokens)`, or None where every example has one output.
 
     Those that have a label count; where there are no labels, all real tokens. A causal model's output at a token is
-    about the next one.
+    about the next one. Of sound all real frames count: its labels are not said about frames.
     """
     if not is_token_level(model):
         return None
+    if head_name(model) in _OF_FRAMES:
+        return token_mask(model, inputs, _frames(model, inputs))
     if "labels" not in inputs:
         return token_mask(model, inputs)
     labelled = inputs["labels"].ne(-100)
@@ -204,6 +236,8 @@ def relation_block(model: PreTrainedModel, layer: int) -> AttentionBlock:
 class ProjectionTap:
     """Keeps what an attention's query, key and value projections gave in the last forward.
 
+    Some families use them again in the same forward, for positions (DeBERTa-v2): the first time is about tokens.
+
     Args:
         block: The attention.
     """
@@ -214,10 +248,14 @@ class ProjectionTap:
         self._parts = {"query": spec.query, "key": spec.key, "value": spec.value}
         paths = {projection.path for projection in self._parts.values()}
         self._hooks = [block.at(path).register_forward_hook(self._keep(path)) for path in sorted(paths)]
+        self._hooks.append(block.module.register_forward_pre_hook(self._forget))
+
+    def _forget(self, module: Any, inputs: Any) -> None:
+        self._seen = {}
 
     def _keep(self, path: str) -> Callable[..., None]:
         def hook(module: Any, inputs: Any, output: torch.Tensor) -> None:
-            self._seen[path] = output
+            self._seen.setdefault(path, output)
 
         return hook
 
@@ -285,8 +323,12 @@ class LiveTeacher:
 
 
 def run_teacher(model: PreTrainedModel, inputs: Mapping[str, torch.Tensor], asked: Asked) -> Any:
-    """Returns a teacher's outputs for a batch, without gradients."""
-    wanted = {name: value for name, value in inputs.items() if name not in ("labels", EXAMPLE_ID)}
+    """Returns a teacher's outputs for a batch, without gradients; images and sound are given in its own dtype."""
+    wanted = {
+        name: value.to(model.dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+        for name, value in inputs.items()
+        if name not in ("labels", EXAMPLE_ID)
+    }
     if model.config.is_encoder_decoder and "decoder_input_ids" not in wanted and "labels" in inputs:
         wanted["labels"] = inputs["labels"]  # the decoder's inputs are made from them
     with torch.no_grad():

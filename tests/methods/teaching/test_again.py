@@ -17,6 +17,7 @@ from hfcompress.methods.distillation import DistillationPart
 from hfcompress.methods.resuming import last_whole_checkpoint
 from hfcompress.methods.teaching.filling import fill
 from hfcompress.methods.teaching.signals import Asked, token_mask
+from hfcompress.methods.training import EXAMPLE_ID
 from tests.methods.teaching.test_cache import rows as cached_rows
 from tests.methods.test_distillation import CPU, translator
 from tests.methods.test_trainer import arguments, make, weights
@@ -84,16 +85,21 @@ def test_a_teacher_without_a_head_teaches_what_lies_between(tmp_path: Path) -> N
     assert any("loss_hidden" in log for log in trainer.state.log_history)
 
 
-def test_a_batch_without_the_rows_numbers_is_refused(tmp_path: Path) -> None:
+def test_a_collator_need_not_know_the_rows_numbers(tmp_path: Path) -> None:
     trainer = trained(tmp_path, DistillationConfig(cache=True))
     collate = trainer.data_collator
 
     def forgetful(features: Any) -> Any:
-        return {name: value for name, value in collate(features).items() if name != "example_id"}
+        return {name: value for name, value in collate(features).items() if name in ("input_ids", "labels")}
 
     trainer.data_collator = forgetful
-    with pytest.raises(CompressionError, match="lacks 'example_id'"):
-        trainer.train()
+    trainer.train()
+    assert any("loss_soft" in log for log in trainer.state.log_history)
+    part, batch = trainer.parts[0], batches(1)[0]
+    part.before_training(trainer.model, trainer._rows())
+    part.begin(trainer.model, 1, CPU)
+    with pytest.raises(CompressionError, match=f"lacks '{EXAMPLE_ID}'"):
+        part.losses(batch, trainer.model(**batch))
 
 
 @pytest.mark.parametrize("whose", ["student", "teacher"])

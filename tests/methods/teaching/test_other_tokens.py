@@ -242,3 +242,21 @@ def test_texts_that_are_not_the_rows_are_found_out(tmp_path: Path) -> None:
     outputs = student(**batch, output_hidden_states=True)
     with pytest.raises(CompressionError, match="its text gives"):
         part.losses({**batch, EXAMPLE_ID: torch.arange(4)}, outputs)
+
+
+def test_texts_that_are_too_long_for_a_teacher_are_refused(tmp_path: Path) -> None:
+    texts = ["good film", "very " * 40]
+    tokens = OtherTokens(texts, tiny_tokenizer(), letters_tokenizer())
+    teacher = make("roberta", "SequenceClassification", max_position_embeddings=100)
+    tokens.require_room(teacher_of_letters())  # 128 positions for at most 128 tokens
+    with pytest.raises(CompressionError, match=r"a text has 128 .* has 98 positions"):
+        tokens.require_room(teacher)  # its first two positions are never used
+    tokens.require_room(make("llama", "SequenceClassification", max_position_embeddings=16))
+    OtherTokens(texts[:1], tiny_tokenizer(), letters_tokenizer()).require_room(teacher)
+
+
+def test_a_tokenizer_that_cannot_pad_is_refused() -> None:
+    unpadded = letters_tokenizer()
+    unpadded.pad_token = None
+    with pytest.raises(CompressionError, match="no token to pad"):
+        OtherTokens(TEXTS, tiny_tokenizer(), unpadded)
