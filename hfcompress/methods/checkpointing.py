@@ -5,17 +5,21 @@ Kept apart from `resuming`, whose functions need no Trainer, which takes seconds
 
 from __future__ import annotations
 
+import itertools
+import json
 import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
+from hfcompress.configuration import Config
 from hfcompress.errors import CheckpointError, TrainingError
 from hfcompress.methods.resuming import require_same_shape, require_whole, write_manifest
 from hfcompress.methods.training import Part
@@ -44,10 +48,39 @@ class CheckpointingTrainer(Trainer):
                 f"{checkpoint} was written by another kind of training: it has no {PARTS_FILE}",
                 hint="Start the run again in an empty folder.",
             )
+        self._require_same_configs(checkpoint)
         require_same_shape(checkpoint, self.accelerator.unwrap_model(self.model))
         self._resume_from = checkpoint
         if not load_adapters(self.accelerator.unwrap_model(self.model), checkpoint):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _configs(self) -> str:
+        """Returns what the parts were told, as JSON: by the place of each, field by field."""
+        configs = [getattr(part, "config", None) for part in self.parts]
+        return json.dumps([each.model_dump(mode="json") if isinstance(each, Config) else {} for each in configs])
+
+    def _require_same_configs(self, checkpoint: Path) -> None:
+        """Refuses to go on otherwise than a training began: its optimizer and its parts would not fit, or not show it.
+
+        Raises:
+            CheckpointError: A field of a config is another one.
+        """
+        if not self.parts:
+            return
+        with safe_open(checkpoint / PARTS_FILE, "pt") as file:
+            was = json.loads((file.metadata() or {}).get("configs", self._configs()))
+        now = json.loads(self._configs())
+        changed = [
+            f"{name} was {before.get(name)!r} and is {after.get(name)!r}"
+            for before, after in itertools.zip_longest(was, now, fillvalue={})
+            for name in sorted({*before, *after})
+            if before.get(name) != after.get(name)
+        ]
+        if changed:
+            raise CheckpointError(
+                f"{checkpoint} is of a training with other settings: {'; '.join(changed)}",
+                hint="Go on with the settings that it began with, or start again in an empty folder.",
+            )
 
     def _load_best_model(self) -> None:
         checkpoint = Path(str(self.state.best_model_checkpoint))
@@ -78,7 +111,7 @@ class CheckpointingTrainer(Trainer):
             self.state.save_to_json(str(staged / "trainer_state.json"))
             if self.parts:
                 state = {f"{i}.{k}": v for i, part in enumerate(self.parts) for k, v in part.state().items()}
-                save_file(state, staged / PARTS_FILE)
+                save_file(state, staged / PARTS_FILE, metadata={"configs": self._configs()})
             write_manifest(staged)
             replace_directory(staged, final)
             shutil.rmtree(staged.parent)  # with what a run that was cut off while it wrote has left there

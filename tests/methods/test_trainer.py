@@ -133,6 +133,16 @@ def test_checkpoints_of_another_kind_of_training_are_not_resumed(tmp_path: Path)
         make(tmp_path / "run").train(resume_from_checkpoint=True)
 
 
+def test_a_training_goes_on_with_the_settings_that_it_began_with(tmp_path: Path) -> None:
+    make(tmp_path / "run").train()
+    other = make(tmp_path / "run", distillation=DistillationConfig(hidden=1.0, temperature=3.0))
+    with pytest.raises(CheckpointError, match=r"hidden was 0\.0 and is 1\.0; temperature was 2\.0 and is 3\.0"):
+        other.train(resume_from_checkpoint=True)
+    fewer = make(tmp_path / "run", CompressionTrainer, pruning=PRUNING)
+    with pytest.raises(CheckpointError, match="of a training with other settings"):
+        fewer.train(resume_from_checkpoint=True)
+
+
 @pytest.mark.parametrize("cls", [CompressionTrainer, DistillationTrainer])
 def test_accumulating_four_times_four_is_one_batch_of_sixteen(tmp_path: Path, cls: type) -> None:
     results = []
