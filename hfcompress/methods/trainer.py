@@ -163,7 +163,8 @@ class CompressionTrainer(ReadingTrainer):
         else:
             loss, outputs = super().compute_loss(model, {**inputs, **extra}, return_outputs=True)
         if not weight or _has_no_label(inputs):
-            loss = output_logits(outputs, inputs).sum() * 0.0  # a mean over no label is not a number
+            # A mean over no label is not a number, nor is 0 times a logit that is masked by infinity.
+            loss = output_logits(outputs, inputs).clamp(-1, 1).sum() * 0.0
         loss = loss * weight
         terms: dict[str, torch.Tensor] = {"labels": loss}
         shares: dict[str, Any] = {"labels": share}

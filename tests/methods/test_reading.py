@@ -85,6 +85,19 @@ def test_labels_that_do_not_count_cannot_spoil_the_loss(tmp_path: Path) -> None:
     assert trainer.state.log_history[0]["loss_soft"] > 0
 
 
+def test_logits_that_are_masked_by_infinity_do_not_spoil_it_either(tmp_path: Path) -> None:
+    student = tiny_classifier(0)
+    with torch.no_grad():
+        student.classifier.bias[0] = -torch.inf
+    trainer = distilling(tmp_path, without_labels(rows()), DistillationConfig(hard=0.0, soft=0.0, hidden=1.0), student)
+    trainer._prepare_parts(student)
+    trainer.create_optimizer_and_scheduler(2)
+    trainer._begin_parts(2)
+    batches, items = trainer.get_batch_samples(iter(trainer.get_train_dataloader()), 1, trainer.args.device)
+    trainer.current_gradient_accumulation_steps = 1
+    assert torch.isfinite(trainer.compute_loss(student.train(), dict(batches[0]), num_items_in_batch=items))
+
+
 def test_what_is_logged_of_each_term_is_its_part_of_the_loss(tmp_path: Path) -> None:
     data = rows(16)
     for row in data[4:]:
