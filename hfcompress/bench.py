@@ -71,7 +71,7 @@ class Bench:
         steps = self.recipe.steps
         for index, step in enumerate(steps, start=1):
             folder = self.work / f"{index}-{step.name}"
-            key = key_of(key, step.key())
+            key = key_of(key, step.key(), *self._further_rows(step))
             record = read_record(folder, key)
             state = "done already" if record else "starting"
             logger.info("step %d of %d: %s (%s)", index, len(steps), step.name, state)
@@ -81,6 +81,11 @@ class Bench:
             before = Done(step.name, names, folder / "checkpoint", folder, key, record)
             done.append(before)
         return done
+
+    def _further_rows(self, step: Step) -> list[str]:
+        """Returns a digest of the rows that a step learns beside train, of which only teachers speak."""
+        digest = self.material.unlabelled_digest
+        return [digest] if digest and _is_taught(step) else []
 
     def answers(self, done: Done) -> Answers:
         """Returns what a model answered when it was measured; it is measured again where that was lost."""
@@ -192,7 +197,7 @@ class Bench:
         from hfcompress.methods.training import training_arguments
 
         assert step.training is not None
-        taught = any(method_of(config).name == "distillation" for config in step.methods)
+        taught = _is_taught(step)
         learned_from = [self._load(teacher), *map(self.kind.load, self.material.more_teachers)] if taught else None
         tokens = self._teachers_tokens(teacher, cut) if taught else None
         context = Context(teacher=learned_from, teacher_tokens=tokens, cache_dir=self.cache)
@@ -255,6 +260,10 @@ class Bench:
     def _load(self, before: Done | None) -> PreTrainedModel:
         """Loads the model as the step before left it, or the base model with a head for the task."""
         return self.kind.load(before.checkpoint) if before else self.material.with_head()
+
+
+def _is_taught(step: Step) -> bool:
+    return any(method_of(config).name == "distillation" for config in step.methods)
 
 
 def _keep_logs(written: Path, kept: Path) -> None:

@@ -86,12 +86,21 @@ class Material:
         taught: dict[str, Any] = {"teacher": fingerprint(self.teacher)} if self.teacher else {}
         if self.more_teachers:
             taught["more_teachers"] = [fingerprint(each) for each in self.more_teachers]
-        return key_of({"model": self._digests[0], "task": task, "seed": seed} | taught, self._digests[1])
+        rows = {split: digest for split, digest in self._rows_digests.items() if split != UNLABELLED}
+        return key_of({"model": self._base_digests, "task": task, "seed": seed} | taught, rows)
+
+    @property
+    def unlabelled_digest(self) -> str | None:
+        """Returns a digest of the rows that only teachers have an answer to; None where there are none."""
+        return self._rows_digests.get(UNLABELLED)
 
     @cached_property
-    def _digests(self) -> tuple[dict[str, str], dict[str, str]]:
-        rows = {split: rows_digest(rows) for split, rows in self.cut(self.base).rows.items()}
-        return fingerprint(self.base), rows
+    def _base_digests(self) -> dict[str, str]:
+        return fingerprint(self.base)
+
+    @cached_property
+    def _rows_digests(self) -> dict[str, str]:
+        return {split: rows_digest(rows) for split, rows in self.cut(self.base).rows.items()}
 
     def _groups(self) -> dict[str, list[str]]:
         columns, split = self.recipe.evaluation.groups, self.task.evaluation_split

@@ -8,7 +8,7 @@ import pyarrow
 import pyarrow.parquet as parquet
 import pytest
 
-from hfcompress import pipeline
+from hfcompress import bench, pipeline
 from hfcompress.errors import DataError, RecipeError
 from hfcompress.recipe import load_recipe
 from tests.workshop import save_data, save_model, sentences
@@ -120,3 +120,28 @@ def test_what_cannot_teach_is_refused_by_name(place: Path, tmp_path: Path) -> No
 def test_each_teacher_has_a_weight(place: Path) -> None:
     with pytest.raises(RecipeError, match=r"teacher_weights.*has 2 entries for 1 teacher"):
         load_recipe(place / "taught.yaml", ["more_teachers=[]"])
+
+
+def test_other_made_texts_leave_what_came_before_them(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+    stock = bench.Bench._do
+
+    def spy(self, step, *args, **kwargs):
+        done.append(step.name)
+        return stock(self, step, *args, **kwargs)
+
+    training = "training: {epochs: 1, learning_rate: 1e-3, batch_size: 16, precision: fp32}"
+    (tmp_path / "own.yaml").write_text(
+        f"name: own\nmodel: {place}/student\ntask: sst2\ndata: {place}/data\nmax_length: 32\n"
+        "augmentation: {share: 0.5}\nevaluation: {speed_batch_size: 2, speed_sequence_length: 8, speed_repeats: 3, "
+        "grid_batch_sizes: [], curve_points: 0}\nsteps:\n"
+        f"  - {{name: fine_tune, {training}}}\n"
+        f"  - {{name: learn, distillation: {{cache: true}}, {training}}}\n"
+    )
+    monkeypatch.setattr(bench.Bench, "_do", spy)
+    pipeline.run(load_recipe(tmp_path / "own.yaml"), tmp_path / "run", quiet=True)
+    assert done == ["fine_tune", "learn"]
+    pipeline.run(load_recipe(tmp_path / "own.yaml", ["augmentation={share: 1.0}"]), tmp_path / "run", quiet=True)
+    assert done == ["fine_tune", "learn", "learn"]

@@ -22,7 +22,6 @@ from hfcompress.methods.teaching.checks import (
     as_teachers,
     check_rows,
     label_order,
-    plain_model,
     refuse_outputs_of_some_tokens,
     refuse_shared_weights,
     require_same_vocabulary,
@@ -56,7 +55,7 @@ from hfcompress.methods.teaching.signals import (
     output_logits,
     positions,
 )
-from hfcompress.methods.training import EXAMPLE_ID, Part, Rows
+from hfcompress.methods.training import EXAMPLE_ID, Part, Rows, plain_model
 
 __all__ = ["DistillationConfig", "DistillationPart", "OtherTokens", "soft_label_loss"]
 

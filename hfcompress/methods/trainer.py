@@ -19,11 +19,11 @@ from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 from hfcompress.configuration import Config
 from hfcompress.errors import ConfigError, Problem, TrainingError
 from hfcompress.methods.checkpointing import PARTS_FILE
-from hfcompress.methods.reading import ReadingTrainer
 from hfcompress.methods.registry import Context, method_of, methods
 from hfcompress.methods.resuming import last_whole_checkpoint
 from hfcompress.methods.teaching.signals import output_logits
-from hfcompress.methods.training import NumberedRows, Part, shifts_labels
+from hfcompress.methods.training import NumberedRows, Part, refuse_reentrant_checkpointing
+from hfcompress.methods.weighing import WeighingTrainer
 from hfcompress.modeling.checkpoint import commit
 from hfcompress.modeling.surgery import in_pivoted_form, in_two_factors
 
@@ -58,7 +58,7 @@ class _RunParts(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer._zero_part_gradients()
-        self.trainer._steps_seen += 1
+        self.trainer._step_seen()
         for part in self.trainer.parts:
             part.after_step(state.global_step)
 
@@ -66,7 +66,7 @@ class _RunParts(TrainerCallback):
         self.trainer._end_parts()
 
 
-class CompressionTrainer(ReadingTrainer):
+class CompressionTrainer(WeighingTrainer):
     """A `transformers.Trainer` that can distil, prune, or both in one run.
 
     Losses of the parts are added to the model's own, every term normalised over the whole accumulation window
@@ -95,8 +95,6 @@ class CompressionTrainer(ReadingTrainer):
         ConfigError: A config is not of a method that trains, or there is a teacher and nothing says what it teaches.
     """
 
-    loss_is_scaled_for_ga = True
-
     def __init__(
         self,
         model: PreTrainedModel | None = None,
@@ -120,19 +118,12 @@ class CompressionTrainer(ReadingTrainer):
         self.parts = (*made, *parts)
         self.findings: list[dict[str, Any]] = []
         self._pivoted: list[str] = []
-        self._terms: dict[str, torch.Tensor] = {}
-        self._steps_seen = 0
-        self._window: list[torch.Tensor | None] = []
         self._is_training = False
         if model is not None:
             for part in self.parts:
                 part.prepare(model)
         super().__init__(model, args, **kwargs)  # type: ignore[arg-type]
         self._was_given_optimizer = self.optimizer is not None
-        # Trainer counts the labels of a whole accumulation window only for models that take the count.
-        # Here compute_loss takes it instead, for every model.
-        self.model_accepts_loss_kwargs = True
-        self._loss_shifts_labels = shifts_labels(self.accelerator.unwrap_model(self.model))
         self.add_callback(_RunParts(self))
 
     # Losses
@@ -172,7 +163,7 @@ class CompressionTrainer(ReadingTrainer):
             with self.accelerator.autocast():
                 own = part.losses(labelled, outputs)
             terms |= own
-            shares |= dict.fromkeys(own, self._part_share(index, labelled, share))
+            shares |= dict.fromkeys(own, self._share_of_part(index, labelled, share))
         total = torch.stack([term.float() for term in terms.values()]).sum()
         if not torch.isfinite(total):
             bad = [name for name, term in terms.items() if not torch.isfinite(term)]
@@ -181,8 +172,8 @@ class CompressionTrainer(ReadingTrainer):
                 hint="The last whole training checkpoint is kept. Lower the learning rate, or train in fp32.",
             )
         weighed = {name: term.float() * shares[name] for name, term in terms.items()}
-        for name, term in weighed.items() if self.parts else ():
-            self._terms[name] = self._terms.get(name, torch.zeros_like(total)) + term.detach()
+        if self.parts:
+            self._add_up(weighed)
         total = torch.stack(list(weighed.values())).sum()
         return (total, outputs) if return_outputs else total
 
@@ -191,60 +182,6 @@ class CompressionTrainer(ReadingTrainer):
         model = self.accelerator.unwrap_model(self.model)
         shift = getattr(model, "prepare_decoder_input_ids_from_labels", None)
         return {"decoder_input_ids": shift(labels=labels)} if shift and model.config.is_encoder_decoder else {}
-
-    def _share_of_window(self, inputs: Mapping[str, Any], items: torch.Tensor | int | None) -> torch.Tensor | float:
-        """Returns what share of the accumulation window's labels this batch holds, times the processes.
-
-        Every loss is a mean over its own batch; weighted so, four batches of four are one batch of sixteen,
-        whatever their padding, and the mean that DDP takes over processes is the mean over all labels.
-        """
-        labels = inputs.get("labels")
-        if items is not None and labels is None and "start_positions" in inputs:
-            return len(inputs["start_positions"]) * self._processes / torch.as_tensor(items).clamp(min=1)
-        if items is None or labels is None:
-            return 1.0 / self.current_gradient_accumulation_steps
-        here = labels[..., 1:] if self._loss_shifts_labels else labels
-        return here.ne(-100).sum() * self._processes / torch.as_tensor(items).clamp(min=1)
-
-    def _part_share(self, index: int, inputs: Mapping[str, Any], share: Any) -> Any:
-        """Returns the same for what a part's losses are means over."""
-        total = self._window[index] if index < len(self._window) else None
-        own = self.parts[index].items(inputs) if total is not None else None
-        return share if own is None or total is None else own * self._processes / total.clamp(min=1)
-
-    @property
-    def _processes(self) -> int:
-        return self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
-
-    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
-        """Counts, over the accumulation window and all processes, what each part's losses are means over."""
-        batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        if items is None and batches and "start_positions" in batches[0]:  # answers are counted by nobody else
-            items = torch.tensor(sum(len(batch["start_positions"]) for batch in batches), device=device)
-            items = self._over_processes(items)
-        self._window = [self._count_items(part, batches, device) for part in self.parts]
-        return batches, items
-
-    def _count_items(self, part: Part, batches: Sequence[Any], device: torch.device) -> torch.Tensor | None:
-        counts = [part.items(batch) for batch in batches]
-        if not counts or counts[0] is None:
-            return None
-        total = torch.stack([torch.as_tensor(count) for count in counts]).sum().to(device)
-        return self._over_processes(total)
-
-    def _over_processes(self, count: torch.Tensor) -> torch.Tensor:
-        return cast(torch.Tensor, self.accelerator.gather(count)).sum() if self._processes > 1 else count
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds each loss term, as it counts in the loss, averaged over the steps since the last log."""
-        if "loss" in logs and self._terms and self._steps_seen:
-            means = {
-                f"loss_{name}": float(cast(torch.Tensor, self.accelerator.reduce(total / self._steps_seen, "mean")))
-                for name, total in self._terms.items()
-            }
-            logs = {**logs, **means}
-            self._terms, self._steps_seen = {}, 0
-        super().log(logs, start_time)
 
     # Parts
 
@@ -341,7 +278,8 @@ class CompressionTrainer(ReadingTrainer):
         if resume_from_checkpoint is True:
             newest = last_whole_checkpoint(Path(str(self.args.output_dir)))
             resume_from_checkpoint = str(newest) if newest else None
-        self._refuse_reentrant_checkpointing()
+        if self.parts and self.args.activation_checkpointing:
+            refuse_reentrant_checkpointing(self.args.activation_checkpointing_kwargs)
         self._forget_stale_optimizer()
         model = self.accelerator.unwrap_model(self.model)
         if self.optimizer is None and isinstance(model, PreTrainedModel):
@@ -358,15 +296,6 @@ class CompressionTrainer(ReadingTrainer):
             raise
         finally:
             self._is_training = False
-
-    def _refuse_reentrant_checkpointing(self) -> None:
-        """Its gradients pass by what hooks and attention maps take out of a layer."""
-        asked = self.args.activation_checkpointing_kwargs if self.args.activation_checkpointing else None
-        if self.parts and isinstance(asked, dict) and asked.get("use_reentrant"):
-            raise TrainingError(
-                "reentrant activation checkpointing gives no gradients of what lies between inputs and outputs",
-                hint='Set activation_checkpointing_kwargs={"use_reentrant": False}, which is the default.',
-            )
 
     def _forget_stale_optimizer(self) -> None:
         """Drops an optimizer of weights that a training before has replaced by smaller or pivoted ones."""

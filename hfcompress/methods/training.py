@@ -7,13 +7,13 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from pydantic import Field
 
 from hfcompress.configuration import Config
-from hfcompress.errors import ConfigError, Problem
+from hfcompress.errors import ConfigError, Problem, TrainingError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, TrainingArguments
@@ -122,13 +122,40 @@ def bf16_is_fast() -> bool:
     return flags.exists() and bool({"avx512_bf16", "amx_bf16"} & set(flags.read_text().split()))
 
 
+def plain_model(model: Any) -> Any:
+    """Returns the transformers model in the wrappers of PEFT (its adapters stay in it) and of torch.compile."""
+    while True:
+        if hasattr(model, "_orig_mod"):
+            model = model._orig_mod
+        elif hasattr(model, "get_base_model"):
+            model = model.get_base_model()
+        else:
+            return model
+
+
 def shifts_labels(model: PreTrainedModel) -> bool:
     """Tells whether a model's output at a token is judged by the label of the next one, as in causal LMs."""
+    model = plain_model(model)
     if model.config.is_encoder_decoder:
         return False
-    inner = cast(Any, model).get_base_model() if hasattr(model, "get_base_model") else model  # of a PEFT model
     # Some older classes (GPT2LMHeadModel) name no loss and get the causal one by default.
-    return model.loss_type == "ForCausalLM" or (model.loss_type is None and "LMHead" in type(inner).__name__)
+    return model.loss_type == "ForCausalLM" or (model.loss_type is None and "LMHead" in type(model).__name__)
+
+
+def refuse_reentrant_checkpointing(asked: Any) -> None:
+    """Refuses activation checkpointing whose gradients pass by what hooks and attention maps take out of a layer.
+
+    Args:
+        asked: The keyword arguments of `torch.utils.checkpoint`, if any.
+
+    Raises:
+        TrainingError: It is reentrant.
+    """
+    if isinstance(asked, Mapping) and asked.get("use_reentrant"):
+        raise TrainingError(
+            "reentrant activation checkpointing gives no gradients of what lies between inputs and outputs",
+            hint='Enable it with {"use_reentrant": False}, which is the default.',
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

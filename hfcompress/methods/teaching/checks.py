@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from hfcompress.errors import CompressionError, DataError
 from hfcompress.methods.teaching.signals import head_name, is_token_level
-from hfcompress.methods.training import Rows, shifts_labels
+from hfcompress.methods.training import Rows, plain_model, shifts_labels
 
 _LABELS = ("labels", "label", "label_ids", "start_positions")
 _SAY_NO_LABELS = ("QuestionAnswering", "MultipleChoice", "CTC", "XVector")
@@ -164,17 +164,6 @@ def refuse_outputs_of_some_tokens(student: PreTrainedModel) -> None:
 
 
 # Models
-
-
-def plain_model(model: Any) -> Any:
-    """Returns the transformers model in the wrappers of PEFT (its adapters stay in it) and of torch.compile."""
-    while True:
-        if hasattr(model, "_orig_mod"):
-            model = model._orig_mod
-        elif hasattr(model, "get_base_model"):
-            model = model.get_base_model()
-        else:
-            return model
 
 
 def as_teachers(given: Any) -> list[PreTrainedModel]:

@@ -34,7 +34,7 @@ from hfcompress.methods.teaching.signals import (
     relation_widths,
     token_mask,
 )
-from hfcompress.methods.teaching.steady import Steady, refuse_reentrant_checkpointing
+from hfcompress.methods.teaching.steady import Steady, refuse_checkpointing_without_gradients
 
 logger = logging.getLogger(__name__)
 
@@ -179,7 +179,7 @@ class Intermediate:
         Raises:
             TrainingError: Reentrant checkpointing would keep gradients from what is compared.
         """
-        refuse_reentrant_checkpointing(model)
+        refuse_checkpointing_without_gradients(model)
         self.projections.to(device)
         if self._own_relations and self._tap is None:
             self._tap = ProjectionTap(relation_block(model, self._own_relations))

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from hfcompress.errors import TrainingError
+from hfcompress.methods.training import refuse_reentrant_checkpointing
 from hfcompress.modeling.anatomy import attention_blocks
 
 _OF_MAPS = ("dropout", "attn_dropout", "attention_dropout")
@@ -65,7 +65,7 @@ class Steady:
         self._was = []
 
 
-def refuse_reentrant_checkpointing(model: PreTrainedModel) -> None:
+def refuse_checkpointing_without_gradients(model: PreTrainedModel) -> None:
     """Refuses a student whose layers are computed without gradients at first, and so are compared without any.
 
     Raises:
@@ -73,9 +73,5 @@ def refuse_reentrant_checkpointing(model: PreTrainedModel) -> None:
     """
     for module in model.modules():
         function = getattr(module, "_gradient_checkpointing_func", None)
-        asked = function.keywords if isinstance(function, partial) else {}
-        if getattr(module, "gradient_checkpointing", False) and asked.get("use_reentrant"):
-            raise TrainingError(
-                "reentrant activation checkpointing gives no gradients of what lies between inputs and outputs",
-                hint='Enable it on the model with {"use_reentrant": False}, which is the default.',
-            )
+        if getattr(module, "gradient_checkpointing", False) and isinstance(function, partial):
+            refuse_reentrant_checkpointing(function.keywords)
