@@ -125,7 +125,7 @@ def _results(report: Report) -> str:
             f"{row.parameters:,}",
             size(row.bytes),
             ratio(first.bytes, row.bytes),
-            speed_up(row),
+            figures.beside_first(row, report),
         ]
         for row in report.rows
     ]

@@ -76,6 +76,12 @@ def speed_up(row: Row) -> str:
     return f"{number(row.speed.ratio, '.2f', 'x')} ({low} to {high})"
 
 
+def beside_first(row: Row, report: Report) -> str:
+    """Returns the same in a table of all rows: the first one is what the others are timed beside."""
+    is_beside = row is report.rows[0] and len(report.rows) > 1
+    return "1.00x" if is_beside else speed_up(row)
+
+
 def change(difference: Difference) -> str:
     """Returns a metric's change with its interval."""
     text = number(difference.value, "+.4f")
@@ -231,7 +237,7 @@ def costs(report: Report) -> Table | None:
             continue
         parts = [number(use.parts[name], ".0%") if name in use.parts else "-" for name in (LINEAR, QUANTIZED, REST)]
         fewer = number(first.operations / use.operations, ".2f", "x") if first and use.operations else "n/a"
-        times = "1.00x" if row is report.rows[0] else speed_up(row)
+        times = beside_first(row, report)
         held, loading = size(use.memory), milliseconds(use.load_seconds)
         rows.append((row.name, operations(use.operations), fewer, times, held, loading, *parts))
     return _with_energy(report, Table(head=head, rows=tuple(rows)))

@@ -123,7 +123,7 @@ def _steps(report: Report) -> str:
             f"{row.parameters:,}",
             size(row.bytes),
             ratio(first.bytes, row.bytes),
-            "1.00x" if row is first else figures.speed_up(row),
+            figures.beside_first(row, report),
             number(row.seconds, ".0f", " s"),
         )
         for place, row in enumerate(report.rows, start=1)
