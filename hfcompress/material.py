@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 # Beside the splits of the task: what only a teacher has an answer to.
 UNLABELLED = "unlabelled"
+# The loss of these is not one over classes.
+_NOT_SMOOTHED = ("regression", "question_answering", "speech_recognition")
 _TAUGHT_WITHOUT_LABELS = ("classification", "regression")
 
 
@@ -62,6 +64,7 @@ class Material:
             if getattr(recipe.evaluation, asked) and self.kind.name not in kinds:
                 raise DataError(f"evaluation.{asked}: is for tasks of kind {' or '.join(kinds)}, not {self.kind.name}")
         self.training_split = _training_split(self.task)
+        _refuse_smoothing(recipe.steps, self.kind.name)
         self.base = find_model(recipe.model, progress=progress)
         self.teacher = find_model(recipe.teacher, progress=progress) if recipe.teacher else None
         self.more_teachers = [find_model(each, progress=progress) for each in recipe.more_teachers]
@@ -240,6 +243,16 @@ def find_model(name: str, *, progress: bool) -> Path:
     folder = Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model"]))
     require_undamaged(folder)
     return folder
+
+
+def _refuse_smoothing(steps: Sequence[Step], kind: str) -> None:
+    for step in steps:
+        if kind in _NOT_SMOOTHED and step.training is not None and step.training.label_smoothing:
+            raise DataError(
+                f"steps.{step.name}.training.label_smoothing: answers of tasks of kind {kind} are no classes whose "
+                "labels could be smoothed",
+                hint="Leave it out.",
+            )
 
 
 def _learns_labels(step: Step) -> bool:

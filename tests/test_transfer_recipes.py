@@ -98,6 +98,9 @@ def test_numbers_are_learnt_from_the_teacher_alone(tmp_path: Path) -> None:
     (tmp_path / "numbers.yaml").write_text(text)
     with pytest.raises(DataError, match=r"augmentation: rows without a number.*(?s:.*)hard: 0"):
         pipeline.run(load_recipe(tmp_path / "numbers.yaml"), tmp_path / "run", quiet=True)
+    smoothed = load_recipe(tmp_path / "numbers.yaml", ["steps.learn.training.label_smoothing=0.1"])
+    with pytest.raises(DataError, match=r"learn\.training\.label_smoothing: answers .* regression are no classes"):
+        pipeline.run(smoothed, tmp_path / "run", quiet=True)
     recipe = load_recipe(tmp_path / "numbers.yaml", ["steps.learn.distillation.hard=0.0"])
     training = pipeline.run(recipe, tmp_path / "run", quiet=True).rows[1].training
     assert training is not None and training.losses[0].steps[-1] == 4

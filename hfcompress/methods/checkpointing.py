@@ -104,8 +104,9 @@ class CheckpointingTrainer(Trainer):
             super()._save_checkpoint(model, trial)
         finally:
             self._staging = False
-        if self.state.best_global_step:
-            self.state.best_model_checkpoint = str(folder / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}")
+        best = folder / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
+        if best == final or best.is_dir():  # a training may be measured more often than it is saved
+            self.state.best_model_checkpoint = str(best)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             self.state.save_to_json(str(staged / "trainer_state.json"))

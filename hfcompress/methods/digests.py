@@ -23,6 +23,11 @@ def model_digest(model: PreTrainedModel) -> str:
     for name, value in sorted(model.state_dict().items()):
         hasher.update(name.encode())
         feed(hasher, value)
+    for name, module in model.named_modules():
+        chosen: Any = getattr(module, "active_adapters", None)
+        if isinstance(chosen, list | tuple):  # PEFT's layers hold several adapters, and use some, by a factor
+            layer: Any = module
+            feed(hasher, [name, list(chosen), bool(layer.disable_adapters), getattr(layer, "scaling", None)])
     return hasher.hexdigest()
 
 

@@ -55,7 +55,7 @@ from hfcompress.methods.teaching.signals import (
     output_logits,
     positions,
 )
-from hfcompress.methods.training import EXAMPLE_ID, Part, Rows, plain_model
+from hfcompress.methods.training import EXAMPLE_ID, NumberedRows, Part, Rows, plain_model
 
 __all__ = ["DistillationConfig", "DistillationPart", "OtherTokens", "soft_label_loss"]
 
@@ -102,6 +102,7 @@ class DistillationPart(Part):
         self._orders: list[list[int] | None] = []
         self._between: Intermediate | None = None
         self._problem: str | None = None
+        self._cached: Any = None  # the rows that a cache answers for
         self._model: PreTrainedModel | None = None
         self._step, self._stage_steps, self._total_steps = 0, 0, 1
 
@@ -119,6 +120,7 @@ class DistillationPart(Part):
             check_rows(rows, model, needs_labels=self.config.hard > 0)
         self._rows = rows
         if self._sources and self._model is model:
+            self._require_cached(rows)
             return
         self._match(model)
         if not self.config.cache:
@@ -132,6 +134,14 @@ class DistillationPart(Part):
             made = fill(teacher, asked, read, root, top_k=self.config.cache_top_k, temperature=self.config.temperature)
             self._sources.append(self._translated(made, index))
         self.teachers = []  # they need no memory from here on
+        self._cached = _numbered(rows)
+
+    def _require_cached(self, rows: Rows | None) -> None:
+        if self.config.cache and (rows is None or _numbered(rows) is not self._cached):
+            raise CompressionError(
+                "the training set is not the one that the teachers' answers are cached of, and the teachers are gone",
+                hint="Make a new trainer for it, or set cache: false.",
+            )
 
     def _match(self, model: PreTrainedModel) -> None:
         if not self.teachers:
@@ -330,6 +340,11 @@ class DistillationPart(Part):
         self._at_step(int(state["step"]))
         if self._between:
             self._between.load_state({name: value for name, value in state.items() if name != "step"})
+
+
+def _numbered(rows: Rows) -> Any:
+    """Returns the training set itself, whether or not its rows are numbered already."""
+    return rows.dataset.rows if isinstance(rows.dataset, NumberedRows) else rows.dataset
 
 
 def _columns(teachers: Sequence[PreTrainedModel], tokens: Sequence[OtherTokens | None]) -> set[str]:

@@ -137,12 +137,11 @@ class CompressionTrainer(WeighingTrainer):
     ) -> Any:
         """Adds the parts' losses to the model's; in evaluation only the model's own counts."""
         if not model.training:
-            return super().compute_loss(model, inputs, return_outputs)
+            return super().compute_loss(model, inputs | self._decoder_inputs(inputs), return_outputs)
         share = self._share_of_window(inputs, num_items_in_batch)
         labelled = dict(inputs)
         inputs = self._for_model(inputs)
-        if self.label_smoother is not None and "labels" in inputs and "decoder_input_ids" not in inputs:
-            inputs |= self._decoder_inputs(inputs["labels"])
+        inputs |= self._decoder_inputs(inputs)
         extra: dict[str, Any] = {}
         for part in self.parts:
             extra |= part.forward_arguments()
@@ -155,7 +154,8 @@ class CompressionTrainer(WeighingTrainer):
             loss, outputs = super().compute_loss(model, {**inputs, **extra}, return_outputs=True)
         if not weight or _has_no_label(inputs):
             # A mean over no label is not a number, nor is 0 times a logit that is masked by infinity.
-            loss = output_logits(outputs, inputs).clamp(-1, 1).sum() * 0.0
+            said = output_logits(outputs, inputs) if {"logits", "start_logits"} & outputs.keys() else outputs[0]
+            loss = said.clamp(-1, 1).sum() * 0.0
         loss = loss * weight
         terms: dict[str, torch.Tensor] = {"labels": loss}
         shares: dict[str, Any] = {"labels": share}
@@ -177,11 +177,15 @@ class CompressionTrainer(WeighingTrainer):
         total = torch.stack(list(weighed.values())).sum()
         return (total, outputs) if return_outputs else total
 
-    def _decoder_inputs(self, labels: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Returns what an encoder-decoder makes of the labels itself, unless they are smoothed and kept from it."""
+    def _decoder_inputs(self, inputs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+        """Returns what an encoder-decoder makes of the labels itself, where the loss on them is computed outside it."""
+        if (self.label_smoother is None and self.compute_loss_func is None) or "decoder_input_ids" in inputs:
+            return {}
         model = self.accelerator.unwrap_model(self.model)
         shift = getattr(model, "prepare_decoder_input_ids_from_labels", None)
-        return {"decoder_input_ids": shift(labels=labels)} if shift and model.config.is_encoder_decoder else {}
+        if shift is None or "labels" not in inputs or not model.config.is_encoder_decoder:
+            return {}
+        return {"decoder_input_ids": shift(labels=inputs["labels"])}
 
     # Parts
 

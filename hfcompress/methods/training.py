@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 # What a batch calls the numbers of its rows, for parts that are `numbered`; no model sees it, and no collator.
 EXAMPLE_ID = "hfcompress_row"
+# Their outputs at a token are about that token, whatever their names say.
+_NOT_CAUSAL = ("FlaubertWithLMHeadModel", "XLMWithLMHeadModel", "XLNetLMHeadModel")
 
 
 class TrainingConfig(Config):
@@ -138,8 +140,13 @@ def shifts_labels(model: PreTrainedModel) -> bool:
     model = plain_model(model)
     if model.config.is_encoder_decoder:
         return False
-    # Some older classes (GPT2LMHeadModel) name no loss and get the causal one by default.
-    return model.loss_type == "ForCausalLM" or (model.loss_type is None and "LMHead" in type(model).__name__)
+    from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
+
+    # Models that read images and write have it by another name. Some older classes (GPT2LMHeadModel) name no loss and
+    # get the causal one by default.
+    if model.loss_type is None:
+        return "LMHead" in type(model).__name__ and type(model).__name__ not in _NOT_CAUSAL
+    return LOSS_MAPPING.get(model.loss_type) is ForCausalLMLoss
 
 
 def refuse_reentrant_checkpointing(asked: Any) -> None:

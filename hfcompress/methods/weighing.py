@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 
 from hfcompress.methods.reading import ReadingTrainer
-from hfcompress.methods.training import Part, shifts_labels
+from hfcompress.methods.training import Part, plain_model, shifts_labels
 
 
 class WeighingTrainer(ReadingTrainer):
@@ -24,7 +24,10 @@ class WeighingTrainer(ReadingTrainer):
         # Trainer counts the labels of a whole accumulation window only for models that take the count.
         # Here it is taken for every model.
         self.model_accepts_loss_kwargs = True
-        self._loss_shifts_labels = shifts_labels(self.accelerator.unwrap_model(self.model))
+        model = plain_model(self.accelerator.unwrap_model(self.model))
+        self._loss_shifts_labels = shifts_labels(model)
+        # Losses of sound are sums or means over rows, however many labels those have.
+        self._of_rows = model.config.ctc_loss_reduction if model.loss_type == "ForCTC" else None
 
     def _share_of_window(self, inputs: Mapping[str, Any], items: torch.Tensor | int | None) -> torch.Tensor | float:
         """Returns what share of the accumulation window's labels this batch holds, times the processes.
@@ -32,13 +35,20 @@ class WeighingTrainer(ReadingTrainer):
         Every loss is a mean over its own batch; weighted so, four batches of four are one batch of sixteen,
         whatever their padding, and the mean that DDP takes over processes is the mean over all labels.
         """
-        labels = inputs.get("labels")
-        if items is not None and labels is None and "start_positions" in inputs:
-            return len(inputs["start_positions"]) * self._processes / torch.as_tensor(items).clamp(min=1)
+        if self._of_rows == "sum" and self.compute_loss_func is None:
+            return float(self._processes)
+        labels, rows = inputs.get("labels"), self._rows_judged(inputs)
+        if items is not None and rows is not None:
+            return rows * self._processes / torch.as_tensor(items).clamp(min=1)
         if items is None or labels is None:
             return 1.0 / self.current_gradient_accumulation_steps
         here = labels[..., 1:] if self._loss_shifts_labels else labels
         return here.ne(-100).sum() * self._processes / torch.as_tensor(items).clamp(min=1)
+
+    def _rows_judged(self, inputs: Mapping[str, Any]) -> int | None:
+        """Returns how many rows the loss on the labels is a mean over; None where it is one over the labels."""
+        by_row = "labels" if self._of_rows == "mean" and self.compute_loss_func is None else "start_positions"
+        return len(inputs[by_row]) if by_row in inputs else None
 
     def _share_of_part(self, index: int, inputs: Mapping[str, Any], share: Any) -> Any:
         """Returns the same for what a part's losses are means over."""
@@ -53,9 +63,9 @@ class WeighingTrainer(ReadingTrainer):
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
         """Counts, over the accumulation window and all processes, what each part's losses are means over."""
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        if items is None and batches and "start_positions" in batches[0]:  # answers are counted by nobody else
-            items = torch.tensor(sum(len(batch["start_positions"]) for batch in batches), device=device)
-            items = self._over_processes(items)
+        rows = [self._rows_judged(batch) for batch in batches]
+        if rows and rows[0] is not None:  # they are counted by nobody else
+            items = self._over_processes(torch.tensor(sum(each or 0 for each in rows), device=device))
         self._window = [self._count_items(part, batches, device) for part in self.parts]
         return batches, items
 

@@ -23,7 +23,7 @@ from hfcompress.methods.teaching.losses import attention_divergence, forward_kl,
 from hfcompress.modeling.anatomy import attention_blocks
 from hfcompress.modeling.surgery import remove_block
 from tests.tiny_models import make
-from tests.workshop import batches, sentences, tiny_classifier, tiny_tokenizer
+from tests.workshop import batches, logits, sentences, tiny_classifier, tiny_tokenizer
 
 CPU = torch.device("cpu")
 
@@ -83,6 +83,19 @@ def test_what_cannot_be_compared_is_refused_before_training(changes: dict, says:
     part = DistillationPart(DistillationConfig(), tiny_classifier(1, **changes))
     with pytest.raises(CompressionError, match=says):
         part.begin(tiny_classifier(), 1, CPU)
+
+
+def test_rows_that_one_tokenizer_never_uses_are_cut() -> None:
+    teacher, batch = tiny_classifier(1), batches(1)[0]
+    used = teacher.config.vocab_size
+    teacher.resize_token_embeddings(used + 8)
+    part = DistillationPart(DistillationConfig(), teacher)
+    with pytest.raises(CompressionError, match=r"cut the rows it never uses: teacher\.resize_token_embeddings"):
+        part.begin(tiny_classifier(), 1, CPU)
+    wanted = logits(teacher, batch)
+    teacher.resize_token_embeddings(used)
+    assert torch.equal(logits(teacher, batch), wanted)
+    part.begin(tiny_classifier(), 1, CPU)
 
 
 @pytest.mark.parametrize(

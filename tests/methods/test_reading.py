@@ -11,7 +11,18 @@ import torch
 from datasets import Dataset
 from torch import nn
 from torch.utils.data import IterableDataset
-from transformers import DataCollatorWithPadding
+from transformers import (
+    CLIPVisionConfig,
+    DataCollatorForSeq2Seq,
+    DataCollatorWithPadding,
+    FlaubertConfig,
+    FlaubertWithLMHeadModel,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    XLNetConfig,
+    XLNetLMHeadModel,
+)
 
 from hfcompress import (
     DistillationConfig,
@@ -24,6 +35,7 @@ from hfcompress import (
 )
 from hfcompress.errors import CompressionError, ConfigError, TrainingError
 from hfcompress.methods.digests import _plain
+from hfcompress.methods.teaching.signals import positions
 from hfcompress.methods.training import shifts_labels
 from hfcompress.modeling.anatomy import attention_blocks
 from tests.methods.test_trainer import arguments, make, rows
@@ -231,3 +243,62 @@ def test_fewer_heads_of_the_same_width_share_all_of_it() -> None:
     compress(model, [StudentConfig(sizes={"num_attention_heads": 2})])
     query = model.bert.encoder.layer[0].attention.self.query.weight
     assert attention_blocks(model)[0].heads == 2 and torch.equal(query, before)
+
+
+def test_a_model_that_reads_images_and_writes_predicts_the_next_token() -> None:
+    text = LlamaConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24, vocab_size=61)
+    eye = CLIPVisionConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24)
+    model = LlavaForConditionalGeneration(LlavaConfig(text_config=text, vision_config=eye, image_token_id=60))
+    labels = torch.tensor([[-100, -100, 7, 8]])
+    counted = positions(model, {"input_ids": torch.tensor([[5, 6, 7, 8]]), "labels": labels})
+    assert counted is not None and counted.tolist() == [[False, True, True, False]]
+    assert shifts_labels(model) and not shifts_labels(make_model("bart", "ConditionalGeneration"))
+
+
+@pytest.mark.parametrize(
+    ("config", "cls"), [(FlaubertConfig, FlaubertWithLMHeadModel), (XLNetConfig, XLNetLMHeadModel)]
+)
+def test_a_head_of_a_causal_name_may_say_what_a_token_is(config: type, cls: type) -> None:
+    sizes = {"vocab_size": 61, "n_words": 61, "emb_dim": 16, "d_model": 16, "d_inner": 24}
+    sizes |= {name: 2 for name in ("n_layers", "n_layer", "n_heads", "n_head")}
+    torch.manual_seed(0)
+    model: Any = cls(config(**{name: size for name, size in sizes.items() if hasattr(config(), name)})).eval()
+    ids, labels = torch.tensor([[5, 6, 7, 8]]), torch.tensor([[-100, 9, -100, 10]])
+    with torch.no_grad():
+        outputs = model(input_ids=ids, labels=labels)
+    by_token = nn.functional.cross_entropy(outputs.logits[0], labels[0])
+    torch.testing.assert_close(outputs.loss, by_token)
+    counted = positions(model, {"input_ids": ids, "labels": labels})
+    assert counted is not None and torch.equal(counted, labels.ne(-100))
+
+
+def test_a_student_without_a_head_learns_what_lies_between(tmp_path: Path) -> None:
+    student, teacher = tiny_classifier(0).bert, tiny_classifier(9).bert
+    data, config = without_labels(rows()), {"hard": 0, "hidden": 1.0, "relations": 1.0, "relation_heads": 4}
+    before = student.encoder.layer[0].output.dense.weight.clone()
+    distilling(tmp_path, data, DistillationConfig(soft=0, **config), student=student, teacher=teacher).train()
+    assert not torch.equal(student.encoder.layer[0].output.dense.weight, before)
+    with pytest.raises(CompressionError, match="no logits to compare, but last_hidden_state"):
+        distilling(tmp_path, data, DistillationConfig(**config), student=student, teacher=teacher).train()
+
+
+def test_a_loss_of_the_users_gets_what_a_decoder_makes_of_the_labels(tmp_path: Path) -> None:
+    def loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
+        return nn.functional.cross_entropy(outputs.logits.flatten(0, 1), labels.flatten())
+
+    data = [{"input_ids": [5, 6, 7], "labels": [8, 9, 10]}] * 4  # as many of both: nothing fails where it is left out
+    losses = []
+    for function in (None, loss):
+        trainer = DistillationTrainer(
+            make_model("bart", "ConditionalGeneration", dropout=0.0),
+            arguments(tmp_path, max_steps=1, save_strategy="no"),
+            teacher=make_model("bart", "ConditionalGeneration", seed=1),
+            train_dataset=data,
+            eval_dataset=data,
+            data_collator=DataCollatorForSeq2Seq(tiny_tokenizer()),
+            compute_loss_func=function,
+        )
+        losses.append(trainer.evaluate()["eval_loss"])
+        trainer.train()
+        losses.append(trainer.state.log_history[0]["loss_labels"])
+    assert losses[:2] == pytest.approx(losses[2:], rel=1e-5)

@@ -224,3 +224,19 @@ def test_without_parts_it_trains_like_any_trainer(tmp_path: Path) -> None:
     plain, ours = train(Trainer), train(CompressionTrainer)
     for name, tensor in plain.items():
         torch.testing.assert_close(tensor, ours[name], rtol=1e-4, atol=1e-5)
+
+
+def test_a_best_step_that_was_not_saved_is_not_loaded(tmp_path: Path) -> None:
+    trainer = make(
+        tmp_path / "run",
+        DistillationTrainer,
+        teacher=tiny_classifier(9),
+        max_steps=4,
+        eval_strategy="steps",
+        eval_steps=1,
+        save_steps=2,
+        load_best_model_at_end=True,
+        learning_rate=1.0,  # the first step is the best, and lies between two checkpoints
+    )
+    trainer.train()
+    assert trainer.state.best_global_step == 1 and trainer.state.best_model_checkpoint is None

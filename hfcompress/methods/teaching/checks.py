@@ -14,6 +14,7 @@ from hfcompress.methods.teaching.signals import head_name, is_token_level
 from hfcompress.methods.training import Rows, plain_model, shifts_labels
 
 _LABELS = ("labels", "label", "label_ids", "start_positions")
+_FIND_OBJECTS = ("ObjectDetection", "Segmentation", "InstanceSegmentation", "UniversalSegmentation")
 _SAY_NO_LABELS = ("QuestionAnswering", "MultipleChoice", "CTC", "XVector")
 
 
@@ -107,10 +108,11 @@ def require_same_vocabulary(student: PreTrainedModel, teacher: PreTrainedModel) 
     """
     ours, theirs = getattr(student.config, "vocab_size", None), getattr(teacher.config, "vocab_size", None)
     if ours != theirs:
-        raise CompressionError(
-            f"the teacher's vocabulary has {theirs} tokens, the student's {ours}",
-            hint="Say what it reads: teacher_tokens=OtherTokens(texts, student_tokenizer, teacher_tokenizer).",
-        )
+        hint = "Say what it reads: teacher_tokens=OtherTokens(texts, student_tokenizer, teacher_tokenizer)."
+        if ours and theirs:  # models of one family often differ in rows that their one tokenizer never uses
+            larger = "teacher" if theirs > ours else "student"
+            hint += f" If they share one, cut the rows it never uses: {larger}.resize_token_embeddings(...)."
+        raise CompressionError(f"the teacher's vocabulary has {theirs} tokens, the student's {ours}", hint=hint)
 
 
 def label_order(student: PreTrainedModel, teacher: PreTrainedModel) -> list[int] | None:
@@ -120,6 +122,11 @@ def label_order(student: PreTrainedModel, teacher: PreTrainedModel) -> list[int]
         CompressionError: Labels or kinds of outputs differ.
     """
     ours, theirs = student.config, teacher.config
+    if head_name(student) in _FIND_OBJECTS:
+        raise CompressionError(
+            f"what a {type(student).__name__} finds has no order, and cannot be laid beside what a teacher finds",
+            hint="Set soft: 0 to learn what lies between alone.",
+        )
     if _kind_of_head(student) != _kind_of_head(teacher):
         raise CompressionError(
             f"a {type(student).__name__} cannot learn from the outputs of a {type(teacher).__name__}",
@@ -128,6 +135,8 @@ def label_order(student: PreTrainedModel, teacher: PreTrainedModel) -> list[int]
     if student.get_output_embeddings() is not None or _unlabelled(student):
         return None
     names, known = _label_names(ours), _label_names(theirs)
+    if len(names) == len(known) == 1:
+        return [0]  # one number, whatever it is called
     if sorted(names) != sorted(known) or len(set(names)) != len(names):
         raise CompressionError(
             f"the teacher's labels ({', '.join(known)}) are not the student's ({', '.join(names)})",

@@ -36,8 +36,9 @@ class DistillationConfig(Config):
             the rules leave its maps out. While layers are compared, layerdrop skips none.
         stage: Share of the steps in which only hidden states, attention, relations and embeddings are learnt; the
             outputs and labels have the steps after it for themselves. 0 learns all together.
-        final: What weights and the temperature, by name, are at the last step, such as `{soft: 0.2, temperature: 1}`:
-            they go there from their own values in equal steps. Only of terms that are there from the beginning.
+        final: What weights and the temperature, by name, come to, such as `{soft: 0.2, temperature: 1}`: they go there
+            from their own values in equal steps, and are there after the last. Only of terms that are there from the
+            beginning.
         teacher_weights: How much each of several teachers counts for the outputs; alike by default. Only the first
             teaches what lies between.
         cache: Keeps the teacher's outputs (and the hidden states that are compared) on disk, so that it runs over

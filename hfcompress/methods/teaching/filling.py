@@ -21,7 +21,7 @@ from hfcompress.errors import CompressionError
 from hfcompress.methods.digests import feed, model_digest
 from hfcompress.methods.resuming import digest
 from hfcompress.methods.teaching.cache import META, Layout, TeacherCache, ends_name, is_read, shard_file, state_name
-from hfcompress.methods.teaching.signals import Asked, at_place, is_token_level, run_teacher, token_mask
+from hfcompress.methods.teaching.signals import Asked, at_place, is_token_level, output_logits, run_teacher, token_mask
 from hfcompress.methods.training import EXAMPLE_ID, Rows
 
 logger = logging.getLogger(__name__)
@@ -107,7 +107,9 @@ def _look(
     width, per_token = 0, is_token_level(teacher)
     sized = {name: state.shape[1] for name, state in states.items()}
     if asked.logits:
-        logits = outputs["logits"]
+        logits = output_logits(outputs, batch)
+        if logits.dim() == 4:
+            raise CompressionError("what is said about each pixel is not cached", hint="Set cache: false.")
         width = logits.shape[-1] if logits.dim() > 1 else 1
         if per_token:
             sized.setdefault("logits", logits.shape[1])
@@ -170,11 +172,12 @@ def fill(
         "layout": {name: value for name, value in asdict(layout).items() if value or name not in _OF_DECODERS},
     }
     folder = root / _key_name(key)
+    if (folder / META).exists() and not _missing(folder, layout):
+        return TeacherCache(folder, key)  # there may be no right to write there
     root.mkdir(parents=True, exist_ok=True)
     with FileLock(root / f"{folder.name}.lock"):
         _begin(folder, key, layout)
-        missing = [index for index in range(layout.shards) if not _is_whole(shard_file(folder, index))]
-        if missing:
+        if missing := _missing(folder, layout):
             _require_room(folder, layout, share=len(missing) / layout.shards)
             started = time.monotonic()
             order = [own + other for own, other in zip(lengths, read, strict=True)]
@@ -219,6 +222,10 @@ def _megabytes(count: int) -> str:
     return f"{count / 1e6:,.1f} MB"
 
 
+def _missing(folder: Path, layout: Layout) -> list[int]:
+    return [index for index in range(layout.shards) if not _is_whole(shard_file(folder, index))]
+
+
 def _is_whole(shard: Path) -> bool:
     try:
         return digest(shard) == shard.with_suffix(".sha256").read_text()
@@ -260,6 +267,11 @@ def _make_shard(
         with rows.autocast():
             outputs = run_teacher(teacher, batch, asked)
         for name, pieces in _pieces(teacher, asked, layout, batch, outputs, temperature):
+            if len(pieces) != len(few):
+                raise CompressionError(
+                    f"the teacher's outputs cannot be cached: the collator makes {len(pieces)} of {len(few)} rows",
+                    hint="Set cache: false where the collator lays rows end to end.",
+                )
             for number, piece in zip(few, pieces, strict=True):
                 kept.setdefault(number, {})[name] = piece
     tensors = {name: torch.cat([kept[number][name] for number in numbers]) for name in kept[first]}

@@ -62,6 +62,11 @@ def depths(model: PreTrainedModel) -> dict[str, int]:
         of such a model (Whisper's for classes of sounds) gives `hidden_states`.
     """
     if not model.config.is_encoder_decoder:
+        if not all(hasattr(model.config, field) for field in ("num_hidden_layers", "hidden_size")):
+            raise UnsupportedModelError(
+                f"the layers of '{model.config.model_type}' are not one stack whose depth and width its config tells",
+                hint="Leave hidden, attention, relations and embeddings at 0.",
+            )
         return {"": int(model.config.num_hidden_layers)}
     try:
         found = stack_depths(model)

@@ -175,20 +175,39 @@ def output_logits(outputs: Any, inputs: Mapping[str, torch.Tensor]) -> torch.Ten
         inputs: The batch.
 
     Returns:
-        Its logits; for question answering those of starts and ends over the tokens, `(batch, 2, tokens)`, at padding
-        so low that nothing is expected there.
+        Its logits, the labels on the last axis; for question answering those of starts and ends over the tokens,
+        `(batch, 2, tokens)`, at padding so low that nothing is expected there.
+
+    Raises:
+        CompressionError: The model has no such head.
     """
     if "start_logits" not in outputs:
-        return outputs["logits"]
+        if "logits" not in outputs:
+            raise CompressionError(
+                f"a model gives no logits to compare, but {', '.join(outputs)}",
+                hint="Load both with a head for the task, or set soft: 0 to learn what lies between alone.",
+            )
+        logits = outputs["logits"]
+        return logits.movedim(1, -1) if logits.dim() == 4 else logits  # of pixels: (batch, labels, height, width)
     both = torch.stack((outputs["start_logits"], outputs["end_logits"]), dim=1)
     mask = inputs.get("attention_mask")
     return both if mask is None else both.masked_fill(~mask.bool().unsqueeze(1), _NOTHING_EXPECTED)
 
 
 def at_positions(logits: torch.Tensor, counted: torch.Tensor | None) -> torch.Tensor:
-    """Returns the outputs that count, `(positions, outputs)`."""
+    """Returns the outputs that count, `(positions, outputs)`.
+
+    Raises:
+        CompressionError: A model gives outputs at other tokens than it is given, as with learnt prompts.
+    """
     if counted is None:
         return logits if logits.dim() > 1 else logits.unsqueeze(-1)
+    if logits.shape[:2] != counted.shape:
+        raise CompressionError(
+            f"a model gives outputs at {logits.shape[1]} tokens of a text of {counted.shape[1]}: they cannot be laid "
+            "beside those of another",
+            hint="Learnt prompts have outputs too: take an adapter without them, such as LoRA, or set soft: 0.",
+        )
     return logits[counted]
 
 

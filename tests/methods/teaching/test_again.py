@@ -141,6 +141,7 @@ def test_smoothed_labels_reach_a_decoder(tmp_path: Path) -> None:
     trainer.train_dataset, trainer.data_collator = rows, DataCollatorForSeq2Seq(tiny_tokenizer())
     trainer.train()
     assert trainer.state.global_step == 1
+    assert trainer.evaluate([{"input_ids": [5, 6, 7, 8], "labels": [6, 7]}] * 2)["eval_loss"] > 0
 
 
 def test_answers_to_questions_accumulate_to_one_batch(tmp_path: Path) -> None:
@@ -231,3 +232,12 @@ def test_a_teacher_reads_columns_that_its_student_does_not_take(cache: bool, tmp
     assert trainer.evaluate()["eval_loss"] > 0 and len(trainer.predict(pairs.remove_columns("labels")).predictions) == 8
     assert of_teacher and all("token_type_ids" in call for call in of_teacher)
     assert len(of_student) >= 3 and not any("token_type_ids" in call for call in of_student)
+
+
+def test_a_cache_does_not_answer_for_another_training_set(tmp_path: Path) -> None:
+    trainer = trained(tmp_path, DistillationConfig(cache=True), save_strategy="no")
+    trainer.train()
+    trainer.train()
+    trainer.train_dataset = list(reversed(trainer.train_dataset.rows))
+    with pytest.raises(CompressionError, match="not the one that the teachers' answers are cached of"):
+        trainer.train()

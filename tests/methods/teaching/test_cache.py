@@ -11,17 +11,20 @@ import torch
 from transformers import (
     DataCollatorForLanguageModeling,
     DataCollatorForSeq2Seq,
+    DataCollatorWithFlattening,
     DataCollatorWithPadding,
     default_data_collator,
 )
 
 from hfcompress.errors import CheckpointError, CompressionError
+from hfcompress.methods.digests import model_digest
 from hfcompress.methods.distillation import DistillationConfig, DistillationPart
 from hfcompress.methods.teaching import filling
 from hfcompress.methods.teaching.cache import META, TeacherCache
 from hfcompress.methods.teaching.filling import fill
 from hfcompress.methods.teaching.signals import Asked, LiveTeacher, positions, token_mask
-from hfcompress.methods.training import EXAMPLE_ID, Rows
+from hfcompress.methods.training import EXAMPLE_ID, Rows, plain_model
+from tests.methods.teaching.test_examples_of_other_shapes import segmenter
 from tests.tiny_models import make
 from tests.workshop import sentences, tiny_classifier, tiny_tokenizer
 
@@ -278,3 +281,40 @@ def test_an_encoder_decoder_learns_from_its_cache_as_from_its_teacher(tmp_path: 
     part = DistillationPart(DistillationConfig(hidden=1.0, cache=True), make("bart", "SequenceClassification", seed=1))
     with pytest.raises(CompressionError, match="whole examples"):
         part.before_training(whole, rows(tmp_path))
+
+
+def test_a_filled_cache_is_read_where_nothing_can_be_written(
+    tmp_path: Path, small_shards: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = fill(tiny_classifier(1), Asked(), rows(tmp_path), tmp_path).folder
+    # Tests may run as root, who can write anywhere: what cannot be a folder cannot hold a lock either.
+    read_only = tmp_path / "shared"
+    read_only.mkdir()
+    shutil.copytree(folder, read_only / folder.name)
+    (read_only / f"{folder.name}.lock").mkdir()
+    assert fill(tiny_classifier(1), Asked(), rows(tmp_path), read_only).folder == read_only / folder.name
+
+
+def test_what_has_no_place_for_each_row_is_not_cached(tmp_path: Path) -> None:
+    blocks = rows(tmp_path, dataset=[{"input_ids": [5, 6, 7]}] * 8, collate=DataCollatorWithFlattening())
+    with pytest.raises(CompressionError, match="the collator makes 1 of 8 rows"):
+        fill(make("llama", "CausalLM"), Asked(), blocks, tmp_path)
+    images = rows(tmp_path, dataset=[{"pixel_values": torch.randn(3, 16, 16)}] * 2, collate=default_data_collator)
+    with pytest.raises(CompressionError, match="each pixel is not cached"):
+        fill(segmenter(0), Asked(), images, tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT asks for it
+def test_another_adapter_of_the_same_teacher_has_a_cache_of_its_own(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft", reason="PEFT is an extra")
+    settings = {"r": 2, "target_modules": ["query"], "init_lora_weights": False}
+    teacher: Any = peft.get_peft_model(tiny_classifier(1), peft.LoraConfig(**settings)).eval()
+    teacher.add_adapter("other", peft.LoraConfig(**settings))
+    keys = {model_digest(tiny_classifier(1))}
+    for name in ("default", "other"):
+        teacher.set_adapter(name)
+        keys.add(model_digest(plain_model(teacher)))
+    for module in teacher.modules():
+        if isinstance(module, peft.tuners.lora.LoraLayer):
+            module.set_scale("other", 3.0)
+    assert len(keys | {model_digest(plain_model(teacher))}) == 4

@@ -10,10 +10,17 @@ from typing import Any
 import pytest
 import torch
 from torch.nn.utils.rnn import pad_sequence
-from transformers import DataCollatorForMultipleChoice, default_data_collator
+from transformers import (
+    DataCollatorForMultipleChoice,
+    SegformerConfig,
+    SegformerForSemanticSegmentation,
+    YolosConfig,
+    YolosForObjectDetection,
+    default_data_collator,
+)
 
 from hfcompress import DistillationConfig, DistillationTrainer
-from hfcompress.errors import CompressionError, ConfigError, DataError
+from hfcompress.errors import CompressionError, ConfigError, DataError, UnsupportedModelError
 from hfcompress.methods.distillation import DistillationPart
 from hfcompress.methods.teaching.checks import check_rows, label_order
 from hfcompress.methods.training import EXAMPLE_ID, Rows
@@ -228,3 +235,72 @@ def test_pairs_of_layers_are_lists_as_well_as_tuples() -> None:
             DistillationConfig(hidden=1.0, layers=bad)
     with pytest.raises(ConfigError, match="no pair is given"):
         DistillationConfig(hidden=1.0, soft=0, hard=0, layers=())
+
+
+# Images, prompts, single numbers
+
+
+def segmenter(seed: int) -> Any:
+    sizes: dict[str, Any] = {name: [1, 1] for name in ("depths", "num_attention_heads", "sr_ratios", "mlp_ratios")}
+    sizes |= {"num_encoder_blocks": 2, "hidden_sizes": [8, 16], "patch_sizes": [3, 3], "strides": [2, 2]}
+    torch.manual_seed(seed)
+    config = SegformerConfig(**sizes, decoder_hidden_size=8, num_labels=3, initializer_range=0.5)
+    return SegformerForSemanticSegmentation(config).eval()
+
+
+def test_labels_of_pixels_are_compared_pixel_by_pixel() -> None:
+    student, teacher = segmenter(0), segmenter(1)
+    batch = {"pixel_values": torch.randn(2, 3, 16, 16), "labels": torch.randint(0, 3, (2, 16, 16))}
+    found, _ = terms(student, teacher, batch, temperature=1.0, soft=1.0)
+    with torch.no_grad():
+        ours, theirs = (each(batch["pixel_values"]).logits.log_softmax(1) for each in (student, teacher))
+    torch.testing.assert_close(found["soft"], (theirs.exp() * (theirs - ours)).sum(1).mean())
+    with pytest.raises(UnsupportedModelError, match="one stack"):
+        DistillationPart(DistillationConfig(hidden=1.0), teacher).begin(student, 1, CPU)
+
+
+def test_objects_that_are_found_are_not_laid_side_by_side() -> None:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+    models = [YolosForObjectDetection(YolosConfig(**sizes, image_size=[16, 16], patch_size=8)) for _ in range(2)]
+    with pytest.raises(CompressionError, match="has no order"):
+        label_order(*models)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT asks for it
+def test_outputs_at_learnt_prompts_are_refused() -> None:
+    peft = pytest.importorskip("peft", reason="PEFT is an extra")
+    prompts = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    student: Any = peft.get_peft_model(make("llama", "CausalLM"), prompts)
+    inputs = inputs_for("llama", "CausalLM")
+    with pytest.raises(CompressionError, match="outputs at 10 tokens of a text of 7"):
+        terms(student, make("llama", "CausalLM", seed=1), inputs | {"labels": inputs["input_ids"]})
+
+
+def test_one_number_may_be_called_anything() -> None:
+    names = [{"num_labels": 1, "id2label": {0: name}, "label2id": {name: 0}} for name in ("score", "LABEL_0")]
+    assert label_order(*(make("bert", "SequenceClassification", **each) for each in names)) == [0]
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+def test_losses_of_sound_accumulate_to_one_batch(reduction: str, tmp_path: Path) -> None:
+    of = ("attention", "hidden", "feat_proj", "final", "activation")
+    chance = {f"{name}_dropout": 0.0 for name in of}
+    generator = torch.Generator().manual_seed(0)
+    data = [
+        {"input_values": torch.randn(400, generator=generator), "labels": torch.tensor([5] * n + [-100] * (6 - n))}
+        for n in (1, 1, 6, 6, 2, 3, 4, 5)
+    ]
+    losses = []
+    for size, steps in ((8, 1), (2, 4)):
+        student = make("wav2vec2", "CTC", ctc_loss_reduction=reduction, apply_spec_augment=False, layerdrop=0, **chance)
+        changes = {"max_steps": 1, "per_device_train_batch_size": size, "gradient_accumulation_steps": steps}
+        trainer = DistillationTrainer(
+            student,
+            arguments(tmp_path, save_strategy="no", **changes),
+            teacher=make("wav2vec2", "CTC", seed=1),
+            train_dataset=data,
+            data_collator=default_data_collator,
+        )
+        trainer.train()
+        losses.append([trainer.state.log_history[0][name] for name in ("loss_labels", "loss_soft")])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
