@@ -45,13 +45,30 @@ def checked_batches(batches: Iterable[Batch]) -> list[Batch]:
                 hint='Pass what a tokenizer returns with return_tensors="pt", padding=True.',
             )
         for name, value in batch.items():
-            if not isinstance(value, torch.Tensor) or value.dim() == 0 or len(value) == 0:
+            least = 2 if name == "input_ids" else 1  # the rows of a data set are one example each
+            if not isinstance(value, torch.Tensor) or value.dim() < least or len(value) == 0:
                 shape = list(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
                 raise CompressionError(
                     f"calibration batch {number}: '{name}' should be a tensor with a row for each example, not {shape}",
                     hint="Collate examples to batches of tensors, and leave out what is None.",
                 )
     return listed
+
+
+def labels_of(batch: Batch) -> torch.Tensor | None:
+    """Returns what a batch says is right: its `labels`, or where the answers to its questions start; else None."""
+    return batch.get("labels", batch.get("start_positions"))
+
+
+def are_labelled(batches: Sequence[Batch]) -> bool:
+    """Tells whether there are batches, and a model can give its loss on all of them."""
+    return bool(batches) and all(labels_of(batch) is not None for batch in batches)
+
+
+def examples_in(batch: Batch) -> int:
+    """Returns how many examples a batch holds: positions, say, may be given once for all of them."""
+    labels = labels_of(batch)
+    return max(map(len, batch.values())) if labels is None else len(labels)
 
 
 def run_batches(model: PreTrainedModel, batches: Sequence[Batch], *, description: str) -> Iterator[Any]:

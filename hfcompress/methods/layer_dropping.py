@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from hfcompress.configuration import Config
 from hfcompress.errors import CompressionError
-from hfcompress.methods.calibration import evaluating
+from hfcompress.methods.calibration import are_labelled, evaluating, examples_in
 from hfcompress.methods.registry import Batch, Context, Method, register
 from hfcompress.methods.statistics import each_batch, real_rows
 from hfcompress.modeling.anatomy import architecture_of, attention_blocks, base_model, feed_forward_blocks
@@ -66,15 +66,17 @@ def least_important(depth: int, drop: int, cost: Callable[[tuple[int, ...]], dic
     return [number for number in range(depth) if number not in gone]
 
 
-def _divergence(outputs: Any, wanted: Any) -> torch.Tensor:
-    """Says how far outputs are from those wanted: KL divergence of predictions, else relative squared error."""
+def _divergence(model: PreTrainedModel, batch: Batch, outputs: Any, wanted: Any) -> torch.Tensor:
+    """Says how far outputs are from those wanted, over all but padding: KL divergence of predictions, else relative
+    squared error.
+    """
     total = torch.zeros(())
     predictions = [name for name in outputs if name.endswith("logits") and isinstance(outputs[name], torch.Tensor)]
     for name in predictions or [next(name for name in outputs if isinstance(outputs[name], torch.Tensor))]:
-        got, right = outputs[name].float(), wanted[name].float()
+        got, right = (real_rows(model, each[name], batch).float() for each in (outputs, wanted))
         if name in predictions and got.shape[-1] > 1:
-            logs = [each.log_softmax(-1).flatten(0, -2) for each in (got, right)]
-            total = total + functional.kl_div(*logs, log_target=True, reduction="batchmean").cpu()
+            new, old = got.log_softmax(-1), right.log_softmax(-1)
+            total = total + functional.kl_div(new, old, log_target=True, reduction="batchmean").cpu()
         else:
             total = total + ((got - right).square().mean() / right.square().mean().clamp_min(1e-12)).cpu()
     return total
@@ -195,7 +197,7 @@ class _Skipping:
         tried: Callable[[], Any],
     ) -> None:
         self.model, self.batches, self.candidates, self.parts, self.tried = model, batches, candidates, parts, tried
-        self.labelled = bool(batches) and all("labels" in batch for batch in batches)
+        self.labelled = are_labelled(batches)
         self.found: list[dict[int, float]] = []
 
     def __call__(self, gone: tuple[int, ...]) -> dict[int, float]:
@@ -208,9 +210,11 @@ class _Skipping:
                 for number, total in totals.items():
                     with self.parts.without(gone, number):
                         outputs = self.model(**batch)
-                    total += outputs["loss"].float().cpu() if self.labelled else _divergence(outputs, wanted)
+                    cost = outputs["loss"] if self.labelled else _divergence(self.model, batch, outputs, wanted)
+                    total += examples_in(batch) * cost.float().cpu()
                     self.tried()
-        costs = {number: total.item() / len(self.batches) for number, total in totals.items()}
+        examples = sum(map(examples_in, self.batches))
+        costs = {number: total.item() / examples for number, total in totals.items()}
         if not torch.tensor(list(costs.values())).isfinite().all():
             raise CompressionError("the cost of skipping layers is not finite", hint="Check weights and data for NaN.")
         self.found.append(costs)

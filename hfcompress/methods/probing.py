@@ -10,7 +10,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from hfcompress.errors import CompressionError
-from hfcompress.methods.calibration import evaluating
+from hfcompress.methods.calibration import evaluating, examples_in
 from hfcompress.methods.registry import Batch
 from hfcompress.methods.replay import Replay
 from hfcompress.methods.statistics import real_rows
@@ -58,7 +58,7 @@ class Probe:
     def _score(self) -> float:
         total = rows = 0.0
         for number, batch in enumerate(self.batches):
-            size = len(next(iter(batch.values())))
+            size = examples_in(batch)
             total += size * (self._divergence(number) if self.by == "outputs" else self._loss(batch))
             rows += size
         score = total / rows

@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from hfcompress.errors import CompressionError
-from hfcompress.methods.calibration import evaluating
+from hfcompress.methods.calibration import evaluating, examples_in, labels_of
 from hfcompress.methods.registry import Batch
 from hfcompress.modeling.anatomy import module_at
 
@@ -65,19 +65,24 @@ def each_batch(model: PreTrainedModel, batches: Sequence[Batch], description: st
         yield {name: value.to(model.device) for name, value in batch.items()}
 
 
-def real_rows(model: PreTrainedModel, inputs: torch.Tensor, batch: Batch) -> torch.Tensor:
-    """Returns what enters a layer of a model, `(..., in)`, as rows `(positions, in)` without those of padding.
+def real_positions(model: PreTrainedModel, inputs: torch.Tensor, batch: Batch) -> torch.Tensor | None:
+    """Returns which positions of what enters a layer of a model, `(..., in)`, are not padding; None: nothing tells.
 
     Where an encoder-decoder reads and writes as many tokens, nothing tells which of the two the inputs are, and the
     mask, which is about what it reads, leaves none out.
     """
     mask = batch.get("attention_mask")
     written = batch.get("decoder_input_ids", batch.get("labels")) if model.config.is_encoder_decoder else None
-    if mask is None or (written is not None and written.shape == mask.shape):
-        return inputs.detach().flatten(0, -2)
-    if mask.dim() == 2 and inputs.dim() == 3 and mask.shape == inputs.shape[:2] and mask.any():
-        return inputs.detach()[mask.bool()]
-    return inputs.detach().flatten(0, -2)
+    if mask is None or mask.dim() not in (2, 3) or (written is not None and written.shape == mask.shape):
+        return None
+    mask = mask.flatten(0, -2)  # each of an example's choices is a row of its own
+    return mask.bool().to(inputs.device) if mask.shape == inputs.shape[:-1] else None
+
+
+def real_rows(model: PreTrainedModel, inputs: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """Returns what enters a layer of a model, `(..., in)`, as rows `(positions, in)` without those of padding."""
+    real = real_positions(model, inputs, batch)
+    return inputs.detach().flatten(0, -2) if real is None or not real.any() else inputs.detach()[real]
 
 
 def remembering(batch: dict[str, torch.Tensor]) -> Callable[..., None]:
@@ -303,13 +308,13 @@ def input_fisher(model: PreTrainedModel, paths: Sequence[str], batches: Sequence
             stack.callback(module_at(model, path).register_forward_hook(watch(path)).remove)
         for batch in each_batch(model, batches, "gradients"):
             calls.clear()
-            loss = model(**batch).loss if "labels" in batch else None
+            loss = model(**batch).loss if labels_of(batch) is not None else None
             if loss is None:
                 raise CompressionError(
                     "Fisher information needs calibration batches with labels",
                     hint="Pass calibration=[batch, ...] with a 'labels' entry, or choose another method.",
                 )
-            size = len(batch["labels"])
+            size = examples_in(batch)
             examples += size
             gradients = torch.autograd.grad(loss, [output for _, _, output in calls])
             for (path, inputs, _), gradient in zip(calls, gradients, strict=True):

@@ -12,6 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from hfcompress.errors import CompressionError
+from hfcompress.methods.calibration import are_labelled
 from hfcompress.methods.pruning import importance
 from hfcompress.methods.pruning.asked import StructuredPruningConfig, shrink, target_for, why_not
 from hfcompress.methods.pruning.gradual import GatedPruningPart, PruningPart
@@ -39,7 +40,7 @@ def structured_pruning(model: PreTrainedModel, config: StructuredPruningConfig, 
         CompressionError: The model is quantized, the target cannot be reached, calibration data or labels are
             missing, or scores are not finite or all the same. Nothing was removed then.
     """
-    labelled = bool(context.calibration) and all("labels" in batch for batch in context.calibration)
+    labelled = are_labelled(context.calibration)
     ranking = config.importance
     if ranking == "auto":
         ranking = "fisher" if labelled else "activation" if context.calibration else "magnitude"

@@ -168,4 +168,6 @@ def rebuilt(tokenizer: PreTrainedTokenizerBase, state: Mapping[str, Any]) -> Pre
         config = json.loads(said.read_text(encoding="utf-8"))
         config.pop("added_tokens_decoder", None)  # the same is in tokenizer.json
         said.write_text(json.dumps(config, ensure_ascii=False), encoding="utf-8")
-        return type(tokenizer).from_pretrained(folder)
+        loaded = type(tokenizer).from_pretrained(folder)
+    loaded.name_or_path = tokenizer.name_or_path  # the folder is gone
+    return loaded

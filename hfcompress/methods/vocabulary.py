@@ -148,7 +148,8 @@ def _renumber(config: Any, number: dict[int, int]) -> None:
 
 
 def _configs(model: PreTrainedModel) -> list[Any]:
-    every = [model.config, base_model(model).config, getattr(model, "generation_config", None)]
+    text = model.config.get_text_config()  # of a model that sees too, its own
+    every = [model.config, base_model(model).config, text, getattr(model, "generation_config", None)]
     return list({id(config): config for config in every if config is not None}.values())
 
 
@@ -236,6 +237,9 @@ def _shrink(model: PreTrainedModel, order: Sequence[int]) -> None:
     for table in tables:
         if table.padding_idx is not None:
             table.padding_idx = number[table.padding_idx]
+    for part in model.modules():
+        if isinstance(part, PreTrainedModel) and isinstance(pad := getattr(part, "padding_idx", None), int):
+            vars(part)["padding_idx"] = number.get(pad, pad)
     configs: list[Any] = [each.config for each in model.modules() if hasattr(each, "config")]
     for config in configs:
         if getattr(config, "vocab_size", None) == rows:
@@ -249,7 +253,9 @@ def _require_same_padding(model: PreTrainedModel, tables: Sequence[nn.Embedding]
     """Refuses to renumber padding where positions are counted from its id."""
     for name, module in model.named_modules():
         pad = getattr(module, "padding_idx", None)
-        if isinstance(pad, int) and not isinstance(module, nn.Embedding) and number.get(pad) != pad:
+        if isinstance(module, (nn.Embedding, PreTrainedModel)):
+            continue  # a whole model's says which row of its table is that of padding
+        if isinstance(pad, int) and number.get(pad) != pad:
             raise CompressionError(f"{name} counts positions from the id of padding, {pad}, which would change")
     for table in tables:
         if table.padding_idx is not None and table.padding_idx not in number:

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from hfcompress.configuration import Config
 from hfcompress.errors import CompressionError
-from hfcompress.methods.calibration import run_batches
+from hfcompress.methods.calibration import are_labelled, run_batches
 from hfcompress.methods.pruning import importance
 from hfcompress.methods.pruning.search import keep_the_best
 from hfcompress.methods.pruning.units import head_units
@@ -130,7 +130,7 @@ def width_pruning(model: PreTrainedModel, config: WidthPruningConfig, context: C
         raise CompressionError(
             f"the hidden width cannot go from {before} to {wanted}; reachable: multiples of {step} below {before}"
         )
-    labelled = bool(context.calibration) and all("labels" in batch for batch in context.calibration)
+    labelled = are_labelled(context.calibration)
     ranking = config.importance
     if ranking == "auto":
         ranking = "taylor" if labelled else "magnitude"

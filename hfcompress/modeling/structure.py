@@ -254,7 +254,7 @@ def _restore_low_rank(model: PreTrainedModel, entries: Mapping[str, Any]) -> Non
 def _restore_pivoted(model: PreTrainedModel, entries: Mapping[str, Any]) -> None:
     linears = linear_layers(model) | classifier_layers(model)
     for name, rank in _unfold("pivoted", entries, linears, _absent(model)).items():
-        most = min(input_width(linears[name]), output_width(linears[name]) - 1)
+        most = output_width(linears[name]) - 1  # the inputs may have been pruned below the rank since
         surgery.factorize(model, name, _bounded("pivoted", name, rank, most), pivoted=True)
 
 

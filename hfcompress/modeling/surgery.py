@@ -149,7 +149,7 @@ def _select_projections(
             everything = torch.arange(size, device="cpu")
             index = torch.cat([part * size + index_of_part.get(part, everything) for part in range(parts[path])])
         if isinstance(module, PivotedLinear) and len(index) <= module.rank:
-            defactorize(block.base, block.path(path))  # so few outputs need no factors
+            _merge(block.base, block.path(path))  # so few outputs need no factors
             module = block.at(path)
         select_outputs(module, index)
 
@@ -311,15 +311,19 @@ def defactorize(model: PreTrainedModel, path: str) -> None:
     Raises:
         CompressionError: The module is not low-rank, or its factors are quantized.
     """
-    old = module_at(model, path)
+    _merge(model if path.startswith(BESIDE) else base_model(model), path.removeprefix(BESIDE))
+
+
+def _merge(root: nn.Module, path: str) -> None:
+    """Does what `defactorize` does with a path from any module: blocks may be of a copy of their layer alone."""
+    old = root.get_submodule(path)
     if not isinstance(old, LowRankLinear):
         raise CompressionError(f"{path} is a {type(old).__name__}, not a low-rank layer: there is nothing to merge")
     _require_float(old.up)
     _require_float(old.down)
     parent = path.rpartition(".")[0]
-    beside = {} if path.startswith(BESIDE) else part_from_others(base_model(model).get_submodule(parent), old)
-    for name, alone in beside.items():
-        put_module(model, f"{parent}.{name}".removeprefix("."), alone)
+    for name, alone in part_from_others(root.get_submodule(parent), old).items():
+        root.set_submodule(f"{parent}.{name}".removeprefix("."), alone)
     up, down, bias = old.up.weight, old.down.weight, old.bias
     product = old.compose(up.detach().double(), down.detach().double()).to(up.dtype)
     with torch.device("meta"):
@@ -332,7 +336,7 @@ def defactorize(model: PreTrainedModel, path: str) -> None:
     new.weight = nn.Parameter((product.T if old.transposed else product).contiguous(), requires_grad=up.requires_grad)
     if bias is not None:
         new.bias = bias
-    put_module(model, path, new.train(old.training))
+    root.set_submodule(path, new.train(old.training))
 
 
 def in_two_factors(model: PreTrainedModel) -> list[str]:

@@ -237,6 +237,22 @@ def test_a_budget_is_kept_and_goes_where_the_loss_is(sensitivity: Any) -> None:
     assert set(found["sensitivity"]) == {*first, *last}
 
 
+def test_where_answers_start_is_a_label_too() -> None:
+    model, places = make("bert", "QuestionAnswering"), torch.tensor([1, 2])
+    batch = {**inputs_for("bert", "QuestionAnswering"), "start_positions": places, "end_positions": places + 1}
+    config = LowRankConfig(budget=0.8, sensitivity="loss", weigh_outputs=False, multiple_of=1)
+    found = low_rank(model, config, Context(calibration=[batch]))
+    assert found["sensitivity"]
+
+
+def test_one_row_of_positions_serves_all_examples_of_a_batch() -> None:
+    model, (whole,) = tiny_classifier(), batches(1, 4)
+    parts = [{name: value[rows] for name, value in whole.items()} for rows in (slice(3), slice(3, 4))]
+    first = {"position_ids": torch.arange(whole["input_ids"].shape[1]).unsqueeze(0)} | parts[0]
+    score = Probe(model, [first, parts[1]], "loss")._start
+    assert score == pytest.approx(Probe(model, [whole], "loss")._start, rel=1e-5)
+
+
 def test_measuring_leaves_the_model_as_it_was() -> None:
     data, model = batches(1), tiny_classifier()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}

@@ -185,3 +185,12 @@ def test_a_bias_takes_over_the_mean_error() -> None:
         means.append(torch.cat([out[b["attention_mask"].bool()] for out, b in zip(seen, data, strict=True)]).mean(0))
     torch.testing.assert_close(means[2], means[0], atol=1e-4, rtol=1e-4)
     assert (means[1] - means[0]).norm() > 100 * (means[2] - means[0]).norm()
+
+
+def test_what_they_give_under_autocast_has_the_dtype_of_any_layer() -> None:
+    model, inputs = make("deberta-v2", "SequenceClassification"), inputs_for("deberta-v2", "SequenceClassification")
+    compress(model, [PIVOTED])
+    layer, whole = next(iter(pivoted_layers(model).values())), torch.nn.Linear(32, 32)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(torch.ones(2, 32)).dtype == whole(torch.ones(2, 32)).dtype == torch.bfloat16
+        run(model, inputs)  # the family asks for the dtype of its queries

@@ -14,9 +14,14 @@ from transformers import (
     BartForConditionalGeneration,
     BertConfig,
     BertForMaskedLM,
+    CLIPVisionConfig,
     EncoderDecoderModel,
     GPT2Config,
     GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
     PreTrainedTokenizerFast,
     RobertaConfig,
     RobertaForSequenceClassification,
@@ -300,3 +305,42 @@ def test_ids_that_a_generation_config_names_follow_or_are_refused() -> None:
     assert model.generation_config.suppress_tokens == now[:1]
     assert model.generation_config.bad_words_ids == [now]
     model.generate(**tokenizer(CORPUS[0], return_tensors="pt"), max_new_tokens=2)
+
+
+def with_padding_last(*tokens: str) -> tuple[PreTrainedTokenizerFast, dict[str, Any]]:
+    """Returns a tokenizer whose padding is its last token, after others that were added, and a small config for it."""
+    tokenizer = learnt("BPE")
+    tokenizer.add_special_tokens({"additional_special_tokens": [*tokens, "<end>"]})
+    tokenizer.pad_token = "<end>"
+    small = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    ids = {"pad_token_id": tokenizer.pad_token_id, "bos_token_id": 0, "eos_token_id": tokenizer.pad_token_id}
+    return tokenizer, {"vocab_size": len(tokenizer), **small, **ids}
+
+
+def test_padding_whose_id_changes_follows_where_no_positions_are_counted_from_it(tmp_path: Path) -> None:
+    tokenizer, values = with_padding_last()
+    model = LlamaForCausalLM(LlamaConfig(**values)).eval()
+    tokenizer.name_or_path = "somebody/something"
+    compress(model, [VocabularyConfig()], tokenizer=tokenizer, texts=CORPUS)
+    assert tokenizer.name_or_path == "somebody/something"
+    last = len(tokenizer) - 1
+    model.save_pretrained(tmp_path)
+    loaded = LlamaForCausalLM.from_pretrained(tmp_path)
+    for each in (model, loaded):
+        assert last == tokenizer.pad_token_id == each.config.pad_token_id == each.generation_config.pad_token_id
+        assert last == each.model.padding_idx == each.get_input_embeddings().padding_idx
+    assert torch.equal(outputs(loaded, tokenizer), outputs(model, tokenizer))
+
+
+def test_a_model_that_sees_too_keeps_the_ids_of_its_text_config(tmp_path: Path) -> None:
+    tokenizer, values = with_padding_last("<image>")
+    sight = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision = CLIPVisionConfig(image_size=8, patch_size=4, projection_dim=32, **sight)
+    image = tokenizer.convert_tokens_to_ids("<image>")
+    config = LlavaConfig(text_config=LlamaConfig(**values), vision_config=vision, image_token_id=image)
+    model = LlavaForConditionalGeneration(config)
+    compress(model, [VocabularyConfig()], tokenizer=tokenizer, texts=CORPUS)
+    model.save_pretrained(tmp_path)
+    loaded = LlavaForConditionalGeneration.from_pretrained(tmp_path)
+    assert loaded.config.image_token_id == tokenizer.convert_tokens_to_ids("<image>")
+    assert loaded.config.text_config.pad_token_id == loaded.config.text_config.eos_token_id == tokenizer.pad_token_id

@@ -12,6 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hfcompress.errors import CompressionError
+from hfcompress.methods.calibration import are_labelled
 from hfcompress.methods.low_rank import maths
 from hfcompress.methods.low_rank.config import LowRankConfig, Method
 from hfcompress.methods.low_rank.costs import costs_of
@@ -240,7 +241,7 @@ def _budgeted(
             hint="Pass calibration=[batch, ...], or give keep, rank or energy.",
         )
     by = config.sensitivity_with(knowledge.method)
-    if by == "loss" and "labels" not in batches[0]:
+    if by == "loss" and not are_labelled(batches):
         raise CompressionError("sensitivity 'loss' needs calibration batches with labels", hint="Choose 'outputs'.")
     measured: Mapping[str, Mapping[int, float]] = {}
     if by != "curvature":

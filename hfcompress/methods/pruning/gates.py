@@ -84,7 +84,9 @@ class Gates:
             if parameter.grad is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
                 torch.distributed.all_reduce(parameter.grad)
                 parameter.grad /= torch.distributed.get_world_size()
-        self._optimizer.step()
+        gradients = [each.grad for each in (self.log_odds, self.multipliers) if each.grad is not None]
+        if all(bool(torch.isfinite(each).all()) for each in gradients):
+            self._optimizer.step()  # else a step in float16 overflowed, which the weights' optimizer leaves out too
         self._optimizer.zero_grad()
 
     def state(self) -> dict[str, torch.Tensor]:

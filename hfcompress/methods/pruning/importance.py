@@ -16,7 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hfcompress.errors import CompressionError
-from hfcompress.methods.calibration import run_batches
+from hfcompress.methods.calibration import examples_in, run_batches
 from hfcompress.methods.digests import feed, model_digest
 from hfcompress.methods.pruning.units import Units
 from hfcompress.methods.registry import Batch
@@ -147,12 +147,6 @@ def largest_first(batches: Sequence[Batch]) -> list[int]:
     return sorted(range(len(batches)), key=lambda number: -sizes[number])
 
 
-def examples_in(batch: Batch) -> int:
-    """Returns how many examples a batch holds: positions, say, may be given once for all of them."""
-    labels = batch.get("labels")
-    return max(map(len, batch.values())) if labels is None else len(labels)
-
-
 def _one_by_one(batch: Batch) -> Iterator[Batch]:
     count = examples_in(batch)
     for index in range(count):
@@ -245,20 +239,21 @@ def output_energies(model: PreTrainedModel, units: Sequence[Units], batches: Seq
     Raises:
         CompressionError: No batches, or activations that are not finite.
     """
-    totals, current = [torch.zeros(each.count) for each in units], {}
+    totals, counts, current = [torch.zeros(each.count) for each in units], [0] * len(units), {}
 
-    def watch(total: torch.Tensor, each: Units) -> Any:
+    def watch(number: int, each: Units) -> Any:
         norms = each.weight_and_gradient()[0].float().square().sum(0)
 
         def hook(module: nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
-            energy = real_rows(model, arguments[0], current).float().square().mean(0)
-            total.add_(each.fold(energy * norms).cpu())
+            rows = real_rows(model, arguments[0], current)
+            totals[number] += each.fold(rows.float().square().sum(0) * norms).cpu()
+            counts[number] += len(rows)
 
         return hook
 
     with ExitStack() as stack, torch.no_grad():
-        for total, each in zip(totals, units, strict=True):
-            stack.callback(each.entry.register_forward_pre_hook(watch(total, each)).remove)
+        for number, each in enumerate(units):
+            stack.callback(each.entry.register_forward_pre_hook(watch(number, each)).remove)
         stack.callback(model.register_forward_pre_hook(remembering(current), with_kwargs=True).remove)
         for _ in run_batches(model, batches, description="scoring"):
             pass
@@ -267,4 +262,4 @@ def output_energies(model: PreTrainedModel, units: Sequence[Units], batches: Seq
             raise CompressionError(
                 f"{each.block.name}: importance is not finite", hint="Check weights and calibration data for NaN."
             )
-    return [total / len(batches) for total in totals]
+    return [total / max(1, count) for total, count in zip(totals, counts, strict=True)]

@@ -28,11 +28,13 @@ from hfcompress.methods.pruning.refitting import Moments, refit
 from hfcompress.methods.pruning.stream import Norm, StreamWatch
 from hfcompress.methods.pruning.units import Units
 from hfcompress.methods.registry import Batch
+from hfcompress.methods.statistics import real_positions
 from hfcompress.modeling.anatomy import (
     AttentionBlock,
     FeedForwardBlock,
     attention_blocks,
     base_model,
+    blocks_and_gaps,
     feed_forward_blocks,
 )
 
@@ -82,7 +84,7 @@ def reconstruct(
         CompressionError: No batches, or activations that are not finite.
     """
     batches = [batches[number] for number in largest_first(batches)]
-    plan = _Plan(units, kept, batches, masked=not getattr(model.config, "is_encoder_decoder", False))
+    plan = _Plan(model, units, kept, batches)
     with torch.no_grad(), evaluating(model), _without_cache(model):
         calls = _record(model, plan)
         if calls is not None and _can_be_replayed(model, calls):
@@ -92,28 +94,24 @@ def reconstruct(
 
 @dataclass
 class _Plan:
+    model: PreTrainedModel
     units: Sequence[Units]
     kept: Sequence[torch.Tensor]
     batches: Sequence[Batch]
-    masked: bool
     layers: dict[str, list[int]] = field(init=False)  # positions of each layer's units, in the order they run
-    valid: list[torch.Tensor | None] = field(init=False)  # for each batch the positions that count
 
     def __post_init__(self) -> None:
-        self.layers = {}
+        self.layers = {block.layer: [] for block in blocks_and_gaps(self.model)}  # all: each gets what the last gave
         for position, each in enumerate(self.units):
-            self.layers.setdefault(each.block.layer, []).append(position)
-        masks = [batch.get("attention_mask") if self.masked else None for batch in self.batches]
-        self.valid = [None if mask is None or mask.dim() != 2 else mask.bool() for mask in masks]
+            self.layers[each.block.layer].append(position)
 
     def loses(self, position: int) -> bool:
         return len(self.kept[position]) < self.units[position].count
 
     def add(self, moments: Moments, inputs: torch.Tensor, wanted: torch.Tensor, batch: int) -> None:
-        valid = self.valid[batch]
-        if valid is not None and valid.shape == inputs.shape[:-1]:
-            valid = valid.to(inputs.device)
-            inputs, wanted = inputs[valid], wanted[valid]
+        real = real_positions(self.model, inputs, self.batches[batch])
+        if real is not None:
+            inputs, wanted = inputs[real], wanted[real]
         moments.add(inputs.flatten(0, -2), wanted.flatten(0, -2))
 
 

@@ -144,11 +144,14 @@ class Units:
         else:
             projections, unit = [(each.path, 1) for each in block.inputs], 0.0
         fixed = 0.0
+        counted: set[str] = set()  # what a unit does not cost of a fused module is there once, not for each part of it
         for path, rows in projections:
             module: Any = block.at(path)
             low = isinstance(module, LowRankLinear)
             each = module.multiplications_per_output if low else input_width(module)
-            fixed += size(module) * (module.multiplications - each * module.out_features if low else 0)
+            if low and path not in counted:
+                fixed += size(module) * (module.multiplications - each * module.out_features)
+            counted.add(path)
             unit += size(module) * rows * (each + (parameters and module.bias is not None))
         output: Any = block.at(block.spec.output)
         low = isinstance(output, LowRankLinear)

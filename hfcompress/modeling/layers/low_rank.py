@@ -334,7 +334,8 @@ class PivotedLinear(LowRankLinear):
         """Maps `(..., in_features)` to `(..., out_features)`."""
         pivots = self.down(inputs)
         outputs = _reorder(torch.cat((pivots, self.up(pivots)), dim=-1), self.places)
-        return outputs if self.own_bias is None else outputs + self.own_bias
+        # Under autocast a linear layer's bias does not turn its outputs back to float32 either.
+        return outputs if self.own_bias is None else outputs + self.own_bias.to(outputs.dtype)
 
     def compose(self, up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
         """Returns the matrix `(out, in)` that weights of the two factors stand for."""

@@ -46,3 +46,14 @@ def test_what_is_loaded_goes_on_where_it_was() -> None:
         each.penalty(1.0).backward()
         each.update()
     assert all(torch.equal(value, made[1].state()[name]) for name, value in made[0].state().items())
+
+
+def test_a_step_that_overflowed_in_float16_is_left_out() -> None:
+    gates = Gates(torch.full((1, 8), 1 / 8), torch.tensor([0.5]), torch.device("cpu"))
+    before = gates.state()
+    (gates.penalty(1.0) * float("inf")).backward()
+    gates.update()
+    assert all(torch.equal(value, before[name]) for name, value in gates.state().items())
+    gates.penalty(1.0).backward()
+    gates.update()
+    assert all(bool(value.isfinite().all()) for value in gates.state().values())

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hfcompress import LowRankConfig, compress
+from hfcompress import LayerDroppingConfig, LowRankConfig, compress
 from hfcompress.methods.pruning.reconstruction import reconstruct
 from hfcompress.methods.pruning.refitting import Moments, refit
 from hfcompress.methods.pruning.units import head_units, neuron_units
@@ -94,3 +94,12 @@ def test_low_rank_layers_are_mended_in_their_first_factor() -> None:
     made = reconstruct(whole, units, [torch.arange(48) for _ in units], [batch])
     rank = whole.bert.encoder.layer[0].output.dense.rank
     assert made.fits[0].weight.shape == (rank, 48) and made.fits[0].bias is None
+
+
+@pytest.mark.parametrize("part", ["attention", "ffn"])
+def test_a_layer_without_units_of_its_own_is_gone_through_in_its_place(part: str) -> None:
+    data = batches(2)
+    model = compress(tiny_classifier(num_hidden_layers=3), [LayerDroppingConfig(drop=1, part=part)], calibration=data)
+    for units in (head_units(model), neuron_units(model), head_units(model) + neuron_units(model)):
+        made = reconstruct(model, units, [torch.arange(each.count // 2) for each in units], data)
+        assert made.mode == "layers" and len(made.fits) == len(units)

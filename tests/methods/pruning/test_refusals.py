@@ -16,8 +16,9 @@ from transformers import AutoModelForSequenceClassification
 
 from hfcompress import PruningTrainer, StructuredPruningConfig, UnstructuredPruningConfig, compress
 from hfcompress.errors import CompressionError
+from hfcompress.methods.calibration import examples_in
 from hfcompress.methods.pruning.gradual import GatedPruningPart, PruningPart
-from hfcompress.methods.pruning.importance import examples_in, kept_gradients, mask_gradients
+from hfcompress.methods.pruning.importance import kept_gradients, mask_gradients
 from hfcompress.methods.pruning.targets import rounded_down
 from hfcompress.methods.pruning.units import head_units, neuron_units
 from hfcompress.methods.registry import Context
@@ -166,6 +167,7 @@ def test_nothing_is_done_where_a_later_method_cannot_work() -> None:
         ([{"input_ids": [[1, 2]]}], "'input_ids' should be a tensor .* not list"),
         ([{"input_ids": torch.ones(1, 3), "labels": None}], "'labels' should be a tensor .* not NoneType"),
         ([{"input_ids": torch.ones(0, 3)}], r"not \[0, 3\]"),
+        ([{"input_ids": torch.ones(3), "attention_mask": torch.ones(3)}], r"row for each example, not \[3\]"),
     ],
 )
 def test_calibration_data_that_are_no_batches_are_refused(calibration: Any, says: str) -> None:
@@ -197,7 +199,7 @@ def test_attention_with_a_shared_bias_is_pickled_and_copied(family: str) -> None
 
 def test_choices_are_timed_with_calibration_data() -> None:
     model, inputs = make("bert", "MultipleChoice"), inputs_for("bert", "MultipleChoice")
-    config = StructuredPruningConfig(latency=0.05, latency_batch=2, importance="magnitude", multiple_of=1)
+    config = StructuredPruningConfig(latency=0.01, latency_batch=2, importance="magnitude", multiple_of=1)
     before = shapes(model)
     compress(model, [config], calibration=[inputs])
     assert shapes(model) != before

@@ -20,11 +20,11 @@ LAST_NORM = {
 }
 
 
-def seen(family: str, head: str) -> tuple[Any, StreamWatch, list[str], torch.Tensor, torch.Tensor]:
-    """Runs a model, watching its second layer."""
+def seen(family: str, head: str, number: int = 1) -> tuple[Any, StreamWatch, list[str], torch.Tensor, torch.Tensor]:
+    """Runs a model, watching one of its layers: the second."""
     model = make(family, head)
     blocks = [*attention_blocks(model), *feed_forward_blocks(model)]
-    path = blocks[1].layer
+    path = blocks[number].layer
     own = [block for block in blocks if block.layer == path]
     layer = base_model(model).get_submodule(path)
     watch, calls = StreamWatch(layer, own), []
@@ -51,3 +51,18 @@ def test_the_stream_is_what_a_block_adds_to(family: str) -> None:
     ended = whole if path is None else layer.get_submodule(path)(whole)
     torch.testing.assert_close(ended, output, rtol=1e-5, atol=1e-5)
     assert torch.equal(torch.as_tensor(watch.before(names[0], norm, hidden)), hidden)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "vit", "t5", "whisper"])
+def test_bfloat16_does_not_hide_where_the_norms_are(family: str) -> None:
+    head = {"vit": "ImageClassification", "llama": "CausalLM", "gpt2": "LMHeadModel"}.get(family, "")
+    for number in range(3):
+        with torch.autocast("cpu", torch.bfloat16):
+            _, watch, _, hidden, output = seen(family, head, number)
+        assert watch.norm(hidden, output) == "before"
+
+
+def test_a_first_layer_that_reads_the_stream_itself_adds_to_it_all_the_same() -> None:
+    _, watch, names, hidden, output = seen("modernbert", "SequenceClassification", 0)
+    stream = watch.before(names[-1], watch.norm(hidden, output), hidden)
+    torch.testing.assert_close(stream + watch.gives[names[-1]], output)
