@@ -181,17 +181,8 @@ def held(field: str) -> float:
     return int(next(line for line in lines if line.startswith(f"{field}:")).split()[1]) / 1024
 
 
-def main() -> None:
-    """Prints the table."""
-    warnings.filterwarnings("ignore")
-    options = parse()
-    if options.memory and not options.peak_of:
-        print_memory()
-        return
-    calibration, held_out = draw(options)
-
-    def fresh() -> Any:
-        return AutoModelForSequenceClassification.from_pretrained(options.model).eval()
+def ways(options: argparse.Namespace, calibration: Any) -> dict[str, Callable[[Any], Any]]:
+    """Returns what prunes a model in place, by name."""
 
     def in_time(model: Any) -> Any:
         return compress(model, [StructuredPruningConfig(latency=options.flops)], calibration=calibration)
@@ -200,13 +191,7 @@ def main() -> None:
         config = StructuredPruningConfig(flops=options.flops, importance=importance, reconstruct=reconstruct)
         return lambda model: compress(model, [config], calibration=calibration)
 
-    if options.peak_of:
-        print_peak(fresh(), calibration, options)
-        return
-    if options.cost:
-        print_cost(fresh, calibration, options.flops)
-        return
-    ways: dict[str, Callable[[Any], Any]] = {
+    return {
         "random": lambda model: prune_at_random(model, options.flops, options.seed),
         "magnitude": by("magnitude", False),
         "taylor": by("taylor", False),
@@ -218,6 +203,10 @@ def main() -> None:
         "fisher+reconstruction": by("fisher", True),
         "the same, share of time": in_time,
     }
+
+
+def print_ways(fresh: Callable[[], Any], calibration: Any, held_out: Any, options: argparse.Namespace) -> None:
+    """Prints what each way leaves of the answers, and what it takes and gains in time."""
     wanted = predict(fresh(), held_out)
     labels = torch.cat([batch["labels"] for batch in held_out])
     print(
@@ -225,7 +214,7 @@ def main() -> None:
     )
     print(f"{'':28}{'agreement':>10}{'accuracy':>10}{'KL':>9}{'seconds':>9}{'speed-up':>10}{'FLOPs':>8}")
     print(f"{'original':28}{1:>10.1%}{(wanted.argmax(1) == labels).float().mean():>10.1%}{0:>9.3f}")
-    for name, way in ways.items():
+    for name, way in ways(options, calibration).items():
         model, started = fresh(), time.perf_counter()
         way(model)
         seconds = time.perf_counter() - started
@@ -243,6 +232,25 @@ def main() -> None:
             f"{name:28}{agreement:>10.1%}{accuracy:>10.1%}{divergence:>9.3f}{seconds:>9.1f}{speed:>9.2f}x{work:>7.2f}x",
             flush=True,
         )
+
+
+def main() -> None:
+    """Prints the table."""
+    warnings.filterwarnings("ignore")
+    options = parse()
+    if options.memory and not options.peak_of:
+        print_memory()
+        return
+    calibration, held_out = draw(options)
+
+    def fresh() -> Any:
+        return AutoModelForSequenceClassification.from_pretrained(options.model).eval()
+
+    if options.peak_of:
+        print_peak(fresh(), calibration, options)
+        return
+    if not options.cost:
+        print_ways(fresh, calibration, held_out, options)
     print_cost(fresh, calibration, options.flops)
 
 
