@@ -7,6 +7,7 @@ left to TRL (`GKDTrainer`).
 from __future__ import annotations
 
 import inspect
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -103,6 +104,7 @@ class DistillationPart(Part):
         self._between: Intermediate | None = None
         self._problem: str | None = None
         self._cached: Any = None  # the rows that a cache answers for
+        self._dismissed: list[weakref.ref[PreTrainedModel]] = []  # the teachers whose answers it holds
         self._model: PreTrainedModel | None = None
         self._step, self._stage_steps, self._total_steps = 0, 0, 1
 
@@ -119,42 +121,54 @@ class DistillationPart(Part):
         if rows is not None:
             check_rows(rows, model, needs_labels=self.config.hard > 0)
         self._rows = rows
-        if self._sources and self._model is model:
-            self._require_cached(rows)
+        is_matched = bool(self._sources) and self._model is model
+        if is_matched and (not self.config.cache or (rows is not None and _numbered(rows) is self._cached)):
             return
-        self._match(model)
-        if not self.config.cache:
+        if not is_matched:
+            self._match(model)
+        if self.config.cache:
+            self._fill(rows)
+
+    def _call_back(self) -> None:
+        """Takes the teachers again, for another student or other rows, where the user has kept them."""
+        if self.teachers:
             return
+        alive = [each() for each in self._dismissed]
+        self.teachers = [each for each in alive if each is not None]
+        if len(self.teachers) < len(alive):
+            self.teachers = []
+            raise CompressionError(
+                "the teachers' answers are cached for another student or training set, and the teachers are gone",
+                hint="Keep them in a variable of your own while there is more to train, or make a new trainer.",
+            )
+
+    def _fill(self, rows: Rows | None) -> None:
         if rows is None:
             raise CompressionError("a training set that is a stream cannot be cached", hint="Set cache: false.")
+        self._call_back()
         root = self._cache_dir or rows.folder / CACHE_FOLDER
+        self._let_go()
         for index, asked in enumerate(self._asked()):
             teacher = self.teachers[index].to(rows.device)  # type: ignore[arg-type]
             read = tokens.rows(rows) if (tokens := self._tokens[index]) else rows
             made = fill(teacher, asked, read, root, top_k=self.config.cache_top_k, temperature=self.config.temperature)
             self._sources.append(self._translated(made, index))
+        self._dismissed = [weakref.ref(each) for each in self.teachers]
         self.teachers = []  # they need no memory from here on
         self._cached = _numbered(rows)
 
-    def _require_cached(self, rows: Rows | None) -> None:
-        if self.config.cache and (rows is None or _numbered(rows) is not self._cached):
-            raise CompressionError(
-                "the training set is not the one that the teachers' answers are cached of, and the teachers are gone",
-                hint="Make a new trainer for it, or set cache: false.",
-            )
-
-    def _match(self, model: PreTrainedModel) -> None:
-        if not self.teachers:
-            raise CompressionError(
-                "this part has trained another student with its cache, and its teachers are gone",
-                hint="Make a new part for a new student.",
-            )
+    def _let_go(self) -> None:
         for source in self._sources:
             source.close()
+        self._sources = []
+
+    def _match(self, model: PreTrainedModel) -> None:
+        self._call_back()
+        self._let_go()
         refuse_shared_weights(model, self.teachers)
         if self.config.soft > 0:
             refuse_outputs_of_some_tokens(model)
-        self._model, self._sources = model, []
+        self._model = model
         self._orders = [self._order(model, *each) for each in zip(self.teachers, self._tokens, strict=True)]
         self._problem = same_problem(model, self.teachers) if self.config.soft > 0 else None
         labels = not is_token_level(model) or any(order is not None for order in self._orders)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ from tests.methods.teaching.test_cache import rows as cached_rows
 from tests.methods.test_distillation import CPU, translator
 from tests.methods.test_trainer import arguments, make, weights
 from tests.tiny_models import make as make_model
-from tests.workshop import batches, tiny_classifier, tiny_tokenizer
+from tests.workshop import batches, logits, tiny_classifier, tiny_tokenizer
 
 
 def trained(folder: Path, config: DistillationConfig, **changes: Any) -> Any:
@@ -239,5 +241,35 @@ def test_a_cache_does_not_answer_for_another_training_set(tmp_path: Path) -> Non
     trainer.train()
     trainer.train()
     trainer.train_dataset = list(reversed(trainer.train_dataset.rows))
-    with pytest.raises(CompressionError, match="not the one that the teachers' answers are cached of"):
+    gc.collect()
+    with pytest.raises(CompressionError, match="cached for another student or training set, and the teachers are gone"):
         trainer.train()
+
+
+def test_teachers_that_were_kept_answer_for_another_training_set(tmp_path: Path) -> None:
+    teacher, student, data = tiny_classifier(9), tiny_classifier(0), cached_rows(tmp_path)
+    part = DistillationPart(DistillationConfig(cache=True), teacher, tmp_path / "cache")
+    part.before_training(student, data)
+    part.before_training(student, replace(data, dataset=list(reversed(data.dataset))))
+    assert not part.teachers and len(list((tmp_path / "cache").glob("*.lock"))) == 2
+    batch, last = data.batch([0, 1]), len(data) - 1
+    said = part._sources[0].signals(batch, None, torch.tensor([last, last - 1])).logits
+    torch.testing.assert_close(said, logits(teacher, batch))
+
+
+def test_every_student_of_a_search_learns_from_one_cache(tmp_path: Path) -> None:
+    teacher, data = tiny_classifier(9), cached_rows(tmp_path)
+    trainer = DistillationTrainer(
+        None,
+        arguments(tmp_path, save_strategy="no", max_steps=2),
+        teacher=teacher,
+        distillation=DistillationConfig(cache=True, hidden=1.0),
+        model_init=lambda: tiny_classifier(3),
+        train_dataset=data.dataset,
+        data_collator=data.collate,
+    )
+    trainer.train()
+    first = weights(trainer)
+    trainer.train()
+    assert all(torch.equal(value, weights(trainer)[name]) for name, value in first.items())
+    assert len(list((tmp_path / "teacher_cache").glob("*.lock"))) == 1
