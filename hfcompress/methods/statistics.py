@@ -285,7 +285,8 @@ def input_fisher(model: PreTrainedModel, paths: Sequence[str], batches: Sequence
     """Sums the empirical Fisher information of a layer's weights over each of its inputs.
 
     That is, for every column of the weight, the squared gradients of the loss, example by example, averaged over
-    the examples (Hsu et al. 2022, FWSVD).
+    the examples (Hsu et al. 2022, FWSVD). Of a loss that is a mean over tokens an example has the share that its
+    tokens have in the batch.
 
     Returns:
         For each path float32 `(in,)`.

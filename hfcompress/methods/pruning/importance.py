@@ -120,6 +120,7 @@ def mask_gradients(model: PreTrainedModel, units: Sequence[Units], batches: Sequ
 
     Every example gets factors of its own, all 1, so that one backward pass through a batch tells its examples
     apart; no gradient of a weight is computed. Where a block mixes the examples of a batch they are run one by one.
+    Of a loss that is a mean over tokens an example has the share that its tokens have in the batch.
 
     Args:
         model: The model; in evaluation mode while this runs.
