@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from hfcompress.errors import CompressionError
 from hfcompress.methods.calibration import evaluating, examples_in, labels_of
 from hfcompress.methods.registry import Batch
+from hfcompress.methods.sound import mask_of_frames
 from hfcompress.modeling.anatomy import module_at
 
 # So many show which layers read one tensor.
@@ -76,6 +77,8 @@ def real_positions(model: PreTrainedModel, inputs: torch.Tensor, batch: Batch) -
     if mask is None or mask.dim() not in (2, 3) or (written is not None and written.shape == mask.shape):
         return None
     mask = mask.flatten(0, -2)  # each of an example's choices is a row of its own
+    if mask.shape != inputs.shape[:-1]:
+        mask = mask_of_frames(model, mask, inputs.shape[:-1])
     return mask.bool().to(inputs.device) if mask.shape == inputs.shape[:-1] else None
 
 

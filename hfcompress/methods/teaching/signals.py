@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from hfcompress.errors import CompressionError
+from hfcompress.methods.sound import count_frames, mask_of_frames
 from hfcompress.methods.training import EXAMPLE_ID, shifts_labels
 from hfcompress.modeling.anatomy import AttentionBlock, blocks_and_gaps
 from hfcompress.modeling.architectures import architectures
@@ -109,29 +110,17 @@ def token_mask(
         if each is not None and each.dim() > 2:
             each = each.flatten(0, -2)  # a model reads several choices as so many examples
         elif each is not None and not decoding and each.shape != size:
-            each = _of_frames(model, each, size)
+            each = mask_of_frames(model, each, size)
         if each is not None and each.shape == size:
             return each.bool()
     some = next(value for value in inputs.values() if isinstance(value, torch.Tensor))
     return torch.ones(size, dtype=torch.bool, device=some.device)
 
 
-def _of_frames(model: PreTrainedModel, mask: torch.Tensor, size: torch.Size) -> torch.Tensor:
-    """Returns the mask of sound's frames, where one of its samples is given; else the mask itself."""
-    made: Any = model
-    if mask.shape[0] != size[0] or not hasattr(model, "_get_feature_vector_attention_mask"):
-        return mask
-    adapted = getattr(model.config, "add_adapter", False)  # shortens the outputs, but not what lies between
-    if adapted and int(made._get_feat_extract_output_lengths(torch.tensor(mask.shape[1]))) != size[1]:
-        return made._get_feature_vector_attention_mask(size[1], mask, add_adapter=False)
-    return made._get_feature_vector_attention_mask(size[1], mask)
-
-
 def _frames(model: PreTrainedModel, inputs: Mapping[str, torch.Tensor]) -> torch.Size:
     """Returns for how many frames of sound a model gives outputs: `(batch, frames)`."""
     sound = next(inputs[name] for name in ("input_values", "input_features") if name in inputs)
-    made: Any = model
-    return torch.Size((sound.shape[0], int(made._get_feat_extract_output_lengths(torch.tensor(sound.shape[1])))))
+    return torch.Size((sound.shape[0], count_frames(model, sound.shape[1])))
 
 
 def positions(model: PreTrainedModel, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor | None:

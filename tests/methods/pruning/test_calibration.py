@@ -61,6 +61,19 @@ def test_padding_moves_neither_importance_nor_what_is_mended(kind: str) -> None:
         torch.testing.assert_close(fit.weight, fits[1][position].weight, rtol=1e-2, atol=1e-2)
 
 
+def test_padding_of_sound_moves_neither_importance_nor_what_is_mended() -> None:
+    model = make("wav2vec2", "SequenceClassification", feat_extract_norm="layer")
+    short = {"input_values": inputs_for("wav2vec2", "SequenceClassification")["input_values"]}
+    short["attention_mask"] = torch.ones_like(short["input_values"], dtype=torch.long)
+    long = {name: torch.nn.functional.pad(value, (0, 400)) for name, value in short.items()}
+    units = neuron_units(model)
+    for one, other in zip(output_energies(model, units, [short]), output_energies(model, units, [long]), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+    fits = [reconstruct(model, units, [torch.arange(12) for _ in units], [batch]).fits for batch in (short, long)]
+    for position, fit in fits[0].items():
+        torch.testing.assert_close(fit.weight, fits[1][position].weight, rtol=1e-2, atol=1e-2)
+
+
 def test_every_position_counts_alike_in_whatever_batch_it_is() -> None:
     model = tiny_classifier()
     units = head_units(model) + neuron_units(model)
