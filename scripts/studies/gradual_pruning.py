@@ -41,6 +41,7 @@ from scripts.studies.material import (
 
 RECIPES = ("prune-60", "prune-95")
 # Last steps that are compared, by their name: passes and learning rate, falling to nothing.
+CHOICES = "gradual_choices.jsonl"
 CHOICES_TASK = "stsb"
 ENDINGS = {"2 passes, 5e-5": (2, "5e-5"), "2 passes, 1e-4": (2, "1e-4"), "6 passes, 1e-4": (6, "1e-4")}
 
@@ -106,7 +107,7 @@ def run(asked: argparse.Namespace) -> None:
 
 def choose(asked: argparse.Namespace) -> None:
     """Compares last steps for prune-95 on a part of train."""
-    folder, name = study_root() / "gradual-choices", results_file("gradual_choices.jsonl")
+    folder, name = study_root() / "gradual-choices", results_file(CHOICES)
     done = {row["ending"] for row in read_rows(name)}
     pruned: dict[str, Any] = for_task("prune-95", CHOICES_TASK) | {"data": str(glue_folder("choices"))}
     pruned["steps"] = [step for step in pruned["steps"] if step["name"] != "recover"]
