@@ -6,7 +6,8 @@ several times over. Of both the first three quarters serve, and choices are made
 `wiki.test.raw` is read once for every point.
 
 What is compressed is a fine-tuned model, as in use. Its training and that after compression are as many steps together
-as one thread does in 15 minutes, and the original gets the same: fine-tuned, then trained on at the same rates.
+as one thread does in 15 minutes, and the original gets the same: fine-tuned, then trained on at the same rates. Or it
+is the model as it comes, and all these steps are after compression.
 """
 
 from __future__ import annotations
@@ -38,6 +39,9 @@ WARM_UP = 20  # steps
 STEPS = 110
 FINE_TUNED_AT = 1e-4
 RATES = (3e-5, 1e-4)  # after compression: each model has the one that serves it best on the part for choices, or none
+
+# What the rows of trained models are called: of models that were fine-tuned before they were compressed, and not.
+RECOVERED, RECOVERED_AS_IT_COMES = "recovered", "recovered as it comes"
 
 # Blocks of tokens, int64 `(blocks, BLOCK)`, as a model's arguments; labels are -100 where nothing is to be predicted.
 Text = dict[str, torch.Tensor]
@@ -170,24 +174,28 @@ def recover(
     make: Callable[[], tuple[Any, dict[str, Any]]],
     rates: Sequence[float],
     blocks: int,
+    *,
+    before: int = STEPS,
 ) -> None:
-    """Measures a compressed fine-tuned model, and what it is after as many more steps at each rate.
+    """Measures a compressed model, and what it is after more steps at each rate.
 
     Args:
         file: Where the rows are.
         point: What names the model in them, with its `seed`. All but seed 0 have the rate that this has chosen, once
             it has.
         material: The texts.
-        make: Compresses the fine-tuned model, and says what was found.
+        make: Compresses the model, and says what was found.
         rates: Learning rates.
         blocks: Of the test file; 0 for all of it.
+        before: Steps of the fine-tuning that it had. With those after compression they are always as many.
     """
     text = rows_of(material.test, slice(blocks or None))
-    point = point | {"study": "recovered", "test_blocks": len(text["labels"])}
+    point = point | {"study": RECOVERED if before else RECOVERED_AS_IT_COMES, "test_blocks": len(text["labels"])}
     found = [row for row in read_rows(file) if row | point | {"seed": 0} == row]
     if point["seed"] and {row["rate"] for row in found} >= {0.0, *rates}:
         rates = [chosen_rate(found)]
-    points = [point | {"steps": STEPS if rate else 0, "rate": rate} for rate in dict.fromkeys((0.0, *rates))]
+    after = 2 * STEPS - before
+    points = [point | {"steps": after if rate else 0, "rate": rate} for rate in dict.fromkeys((0.0, *rates))]
     points = [each for each in points if pending(read_rows(file), each)]
     if not points:
         return
@@ -195,7 +203,7 @@ def recover(
     for each in points:
         model = copy.deepcopy(made)
         if each["steps"]:
-            train(model, material.training, each["steps"], each["seed"], each["rate"], first=STEPS)
+            train(model, material.training, each["steps"], each["seed"], each["rate"], first=before)
             model = model.to(torch.bfloat16)
         measured = {"perplexity": perplexity(model, text)}
         if not each["seed"]:
@@ -213,12 +221,13 @@ def chosen_rate(rows: Sequence[dict[str, Any]]) -> float:
     return min((row for row in rows if row["seed"] == 0), key=lambda row: row["choices"])["rate"]
 
 
-def recovered(rows: Sequence[dict[str, Any]], *names: str) -> list[dict[str, Any]]:
-    """Returns the rows after fine-tuning, compression and training.
+def recovered(rows: Sequence[dict[str, Any]], *names: str, study: str = RECOVERED) -> list[dict[str, Any]]:
+    """Returns the rows after compression and training.
 
     Args:
         rows: A study's rows.
         names: Of the fields that tell its models from each other, `arm` first.
+        study: Of models that were fine-tuned before, or as they come.
 
     Returns:
         Each model's at the rate that the first seed has chosen for it, with a `ratio` to the original's of the same
@@ -226,7 +235,7 @@ def recovered(rows: Sequence[dict[str, Any]], *names: str) -> list[dict[str, Any
     """
     models: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for row in rows:
-        if row["study"] == "recovered":
+        if row["study"] == study:
             models.setdefault(tuple(row[name] for name in names), []).append(row)
     begun = [model for model in models.values() if any(row["seed"] == 0 and row["rate"] for row in model)]
     chosen = [row for model in begun for row in model if row["rate"] == chosen_rate(model)]
