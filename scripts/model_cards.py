@@ -19,7 +19,7 @@ from typing import Any
 
 import yaml
 
-from scripts.studies.material import ROOT, study_root
+from scripts.studies.material import ROOT, share_step, study_root
 
 CARDS = ROOT / "model_cards"
 KEPT = ("README.md", "report.json", "pictures")
@@ -50,13 +50,11 @@ def beginning(values: dict[str, Any]) -> Any:
 
 
 def share_first_step(name: str, every: dict[str, dict[str, Any]], runs: Path) -> None:
-    """Copies the first step of a run that began in the same way; the run checks that it is what it needs."""
+    """Copies the first step of a run that began in the same way."""
     first = f"1-{every[name]['steps'][0].get('name')}"
-    place = runs / f"{name}.work" / first
     for other, values in every.items():
-        done = runs / f"{other}.work" / first
-        if not place.exists() and beginning(values) == beginning(every[name]) and (done / "step.json").is_file():
-            shutil.copytree(done, place)
+        if beginning(values) == beginning(every[name]):
+            share_step(first, runs / other, runs / name)
 
 
 def run(name: str, every: dict[str, dict[str, Any]], runs: Path, data: Path | None) -> None:

@@ -15,10 +15,8 @@ recipe says, and compares there what a last step without pruning gains. An hour 
 from __future__ import annotations
 
 import argparse
-import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +33,7 @@ from scripts.studies.material import (
     glue_folder,
     read_rows,
     results_file,
+    share_step,
     study_root,
     teacher_folder,
 )
@@ -83,16 +82,6 @@ def run_recipe(recipe: dict[str, Any], out: Path) -> None:
     print(out, flush=True)
 
 
-def share_halving(out: Path, others: Sequence[Path]) -> None:
-    """Copies what another recipe's run began with for this task and seed; the run checks that it is what it needs."""
-    for step in ("0-original", "1-halve"):
-        place = out.with_name(f"{out.name}.work") / step
-        for other in others:
-            done = other.with_name(f"{other.name}.work") / step
-            if not place.exists() and (done / "step.json").is_file():
-                shutil.copytree(done, place)
-
-
 def run(asked: argparse.Namespace) -> None:
     """Does every run that is not there yet, seed by seed, so that a cut leaves the tasks in balance."""
     for seed in asked.seeds:
@@ -101,7 +90,9 @@ def run(asked: argparse.Namespace) -> None:
                 out = folder_of(recipe, task, seed, asked.max_steps)
                 if (out / "report.json").exists():
                     continue
-                share_halving(out, [folder_of(each, task, seed, asked.max_steps) for each in RECIPES])
+                for other in RECIPES:
+                    for step in ("0-original", "1-halve"):
+                        share_step(step, folder_of(other, task, seed, asked.max_steps), out)
                 run_recipe(from_teacher(recipe, task, seed, asked.max_steps), out)
 
 

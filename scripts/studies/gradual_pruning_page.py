@@ -15,7 +15,7 @@ import numpy as np
 
 from hfcompress.evaluation.report import Report, Row
 from hfcompress.evaluation.resampling import drawn_changes, drawn_means, interval
-from scripts.studies.gradual_pruning import CHOICES, ENDINGS, RECIPES, folder_of
+from scripts.studies.gradual_pruning import CHOICES, CHOICES_TASK, ENDINGS, RECIPES, folder_of, for_task
 from scripts.studies.material import ROOT, TASKS, read_rows, results_file, table
 
 PAGE = ROOT / "docs" / "gradual_pruning.md"
@@ -44,7 +44,7 @@ _CHOSEN = """
 ## How prune-95 ends
 
 A step without pruning may follow the last one with it. Which one was chosen on a tenth of STS-B's train, which the
-teacher of these runs has not seen either ({teacher:.2f} there); one seed. The recipe has the one that came best.
+teacher of these runs has not seen either ({teacher:.2f} there); one seed. The recipe has {own}.
 
 """
 
@@ -167,7 +167,10 @@ def choices() -> str:
         return ""
     lines = [["none", f"{100 * rows['none']['pearson']:.2f}", ""]]
     lines += [[name, f"{100 * rows[name]['pearson']:.2f}", f"{rows[name]['minutes']:.0f}"] for name in ENDINGS]
-    return _CHOSEN.format(teacher=100 * rows["teacher"]["pearson"]) + table(["last step", "pearson", "minutes"], lines)
+    training = for_task("prune-95", CHOICES_TASK)["steps"][-1]["training"]
+    own = f"{training['epochs']} passes, {training['learning_rate']}"
+    said = _CHOSEN.format(teacher=100 * rows["teacher"]["pearson"], own=own)
+    return said + table(["last step", "pearson", "minutes"], lines)
 
 
 def main() -> None:

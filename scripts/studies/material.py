@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterable, Sequence
@@ -77,6 +78,13 @@ def glue_folder(part: str = "whole") -> Path:
 def teacher_folder(model: str, task: str) -> Path:
     """Returns where a fine-tuned model lies."""
     return study_root() / "teachers" / f"{model}-{task}"
+
+
+def share_step(step: str, done: Path, out: Path) -> None:
+    """Copies a step of a run that began in the same way into another's; that run checks that it is what it needs."""
+    theirs, place = (run.with_name(f"{run.name}.work") / step for run in (done, out))
+    if not place.exists() and (theirs / "step.json").is_file():
+        shutil.copytree(theirs, place)
 
 
 def make_data(glue: Path, task: str) -> None:
