@@ -2,7 +2,7 @@
 
     python -m scripts.studies.pruning                 # hours; goes on where it was cut off, waits for teachers
     python -m scripts.studies.pruning --part choices  # on a part of train, where choices are made
-    python -m scripts.studies.pruning_page            # table of what is there, and docs/pruning.md
+    python -m scripts.studies.pruning_page            # tables of what is there, docs/pruning.md and pruning_rte.md
 
 Teachers and data are those of `scripts.studies.material`. Every arm removes the same share of the layers' multiply-adds
 with the same draw of 512 calibration sentences of train; each is measured on validation once. A row of the results
@@ -41,7 +41,8 @@ from hfcompress.tasks import get_task, load_data, preprocess
 from scripts.studies import torch_pruning_arm
 from scripts.studies.material import TASKS, glue_folder, results_file, study_root, teacher_folder
 
-RESULTS = results_file("pruning.jsonl")
+# Pages and the tasks on them. RTE is not pooled with the others: one of its 277 examples is a third of a point.
+PAGES = {"pruning": ("mrpc", "sst2", "stsb"), "pruning_rte": ("rte",)}
 SHARE = 0.5
 DRAWS = 5
 EXAMPLES = 512
@@ -117,9 +118,9 @@ SAME_IN_EVERY_DRAW = ("magnitude",)
 class Study:
     """The rows that are there, and what is needed to make more."""
 
-    def __init__(self, file: Path, part: str) -> None:
-        self.file, self.part = file, part
-        self.done = {(row["task"], row["draw"], row["arm"]) for row in read(file)}
+    def __init__(self, files: Mapping[str, Path], part: str) -> None:
+        self.files, self.part = files, part
+        self.done = {(row["task"], row["draw"], row["arm"]) for file in set(files.values()) for row in read(file)}
 
     def measure(self, name: str, number: int, arms: Mapping[str, Arm], teacher: Path) -> None:
         """Prunes and measures with each arm that is not there yet for this task and draw."""
@@ -150,8 +151,8 @@ class Study:
         row = {"task": name, "draw": number, "arm": arm, "metric": quality.primary, "metrics": quality.metrics}
         row |= {"flops_removed": round(removed, 4), "seconds": round(seconds, 1)}
         row |= {"predictions": short(quality.predictions), "references": short(quality.references)}
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        with self.file.open("a") as lines:
+        self.files[name].parent.mkdir(parents=True, exist_ok=True)
+        with self.files[name].open("a") as lines:
             lines.write(json.dumps(row) + "\n")
         print(f"{time.strftime('%H:%M:%S')} {name} {number} {arm} {quality.metrics} {seconds:.0f} s", flush=True)
 
@@ -225,8 +226,8 @@ def read(file: Path) -> list[dict[str, Any]]:
 
 def run(options: argparse.Namespace) -> None:
     """Goes through all tasks draw by draw, so that wherever it is cut off the tasks are in balance."""
-    suffix = "" if options.part == "whole" else f"-{options.part}"
-    study = Study(options.results or RESULTS.with_stem(RESULTS.stem + suffix), options.part)
+    files = {task: options.results or rows_of(page, options.part) for page, tasks in PAGES.items() for task in tasks}
+    study = Study(files, options.part)
     arms = {name: ARMS[name] for name in options.arms}
     pending = [(name, draw) for draw in range(options.draws) for name in options.tasks]
     while pending:
@@ -236,6 +237,11 @@ def run(options: argparse.Namespace) -> None:
             continue
         pending.remove(ready[0])
         study.measure(*ready[0], arms, teacher_of(options, ready[0][0]))
+
+
+def rows_of(page: str, part: str = "whole") -> Path:
+    """Returns the file of a page's rows."""
+    return results_file(f"{page}.jsonl" if part == "whole" else f"{page}-{part}.jsonl")
 
 
 def teacher_of(options: argparse.Namespace, task: str) -> Path:

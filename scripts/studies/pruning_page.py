@@ -1,4 +1,4 @@
-"""The page of `scripts.studies.pruning`: a table and a picture, from the results alone.
+"""The pages of `scripts.studies.pruning`: a table and a picture each, from the results alone.
 
 python -m scripts.studies.pruning_page
 """
@@ -13,10 +13,8 @@ from typing import Any
 import numpy as np
 
 from scripts.studies.material import ROOT, TASKS, table
-from scripts.studies.pruning import ARMS, DRAWS, EXAMPLES, RESULTS, SAME_IN_EVERY_DRAW, SHARE, read
+from scripts.studies.pruning import ARMS, DRAWS, EXAMPLES, PAGES, SAME_IN_EVERY_DRAW, SHARE, read, rows_of
 
-PAGE = ROOT / "docs" / "pruning.md"
-PICTURE = PAGE.with_suffix(".png")
 RESAMPLES = 2000
 TITLES = {
     "ours": "hfcompress: empirical Fisher, rearranged masks, reconstruction",
@@ -30,9 +28,9 @@ _INTRODUCTION = """# Half of the encoder's FLOPs, without training
 
 Made by `scripts/studies/pruning.py`. Fine-tuned MPNet-base loses half of the multiply-adds of its layers, by heads and
 neurons, with {examples} calibration sentences of train and no training afterwards. Every arm has the same model, the
-same sentences and the same share to remove. Each result is measured on the whole validation split, once; its metric is
-accuracy, of STS-B Pearson's correlation, and lost are points of it. Intervals are 95%, by a paired bootstrap over the
-examples and over the draws of calibration sentences ({draws}).
+same sentences and the same share to remove. Each result is measured on the whole validation split, once; lost are
+points of its metric. Intervals are 95%, by a paired bootstrap over the examples and over the draws of calibration
+sentences ({draws}).
 
 """
 
@@ -107,23 +105,30 @@ class Losses:
         return float(np.median([row["seconds"] for key, row in self.rows.items() if key[2] == arm]))
 
 
-def write(losses: Losses, examples: int) -> None:
+def write(losses: Losses, page: Path) -> None:
     """Writes page and picture."""
+    picture = page.with_suffix(".png")
     draws = ", ".join(f"{task} {len(losses.draws[task])}" for task in losses.tasks)
     whole = [losses.rows[task, 0, "original"] for task in losses.tasks]
     before = ", ".join(f"{row['task']} {100 * row['metrics'][row['metric']]:.1f} {row['metric']}" for row in whole)
-    head = ["arm", "points lost, mean of tasks", "more than hfcompress", *losses.tasks]
+    several = losses.tasks if len(losses.tasks) > 1 else []
+    head = ["arm", f"points lost, {mean_of(losses)}", "more than hfcompress", *several]
     lines = []
     ours = losses.pooled("ours")
     for arm in losses.arms:
         pooled = losses.pooled(arm)
         more = "" if arm == "ours" else interval(pooled - ours)
-        cells = [f"{losses.of(arm, task)[0]:.2f}" for task in losses.tasks]
+        cells = [f"{losses.of(arm, task)[0]:.2f}" for task in several]
         lines.append([TITLES[arm], interval(pooled), more, *cells])
-    draw(losses, PICTURE)
-    parts = [_INTRODUCTION.format(examples=examples, draws=draws), f"The models before: {before}.\n\n"]
-    parts += [table(head, lines), f"\n![Points lost by each arm]({PICTURE.name})\n"]
-    PAGE.write_text("".join(parts), encoding="utf-8")
+    draw(losses, picture)
+    parts = [_INTRODUCTION.format(examples=EXAMPLES, draws=draws), f"Before: {before}.\n\n"]
+    parts += [table(head, lines), f"\n![Points lost by each arm]({picture.name})\n"]
+    page.write_text("".join(parts), encoding="utf-8")
+
+
+def mean_of(losses: Losses) -> str:
+    """Returns over what points lost are the mean, in words."""
+    return "mean of tasks" if len(losses.tasks) > 1 else f"mean of {len(losses.draws[losses.tasks[0]])} draws"
 
 
 def interval(values: np.ndarray) -> str:
@@ -145,17 +150,13 @@ def draw(losses: Losses, file: Path) -> None:
     axes.barh(places, [each[0] for each in values], xerr=ends, color="#4c72b0", ecolor="#333333", capsize=3)
     axes.set_yticks(places, ["hfcompress" if arm == "ours" else arm for arm in losses.arms])
     axes.axvline(1, color="#c44e52", linewidth=1)
-    axes.set_xlabel(f"points lost, mean of {', '.join(losses.tasks)}; the red line is at 1")
+    axes.set_xlabel(f"points lost on {', '.join(losses.tasks)}, {mean_of(losses)}; the red line is at 1")
     axes.set_title("MPNet-base, half of the encoder's FLOPs removed without training", fontsize=10)
     FigureCanvasAgg(figure).print_figure(file, dpi=120, metadata={"Software": None})
 
 
-def main() -> None:
-    """Prints the table, and writes the page where no other rows were asked for."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", type=Path, help="another file of rows")
-    results = parser.parse_args().results
-    losses = Losses(read(results or RESULTS))
+def show(losses: Losses) -> None:
+    """Prints the table."""
     counts = ", ".join(f"{task} {len(losses.draws[task])}" for task in losses.tasks)
     print(f"points lost at {1 / (1 - SHARE):.1f}x fewer encoder FLOPs; draws: {counts}; 95% over draws and examples")
     print(f"{'':15}{'pooled':>24}{'beyond ours':>24}{'seconds':>9}" + "".join(f"{task:>8}" for task in losses.tasks))
@@ -164,8 +165,22 @@ def main() -> None:
         pooled = losses.pooled(arm)
         by_task = "".join(f"{losses.of(arm, task)[0]:8.2f}" for task in losses.tasks)
         print(f"{arm:15}{interval(pooled):>24}{interval(pooled - ours):>24}{losses.seconds(arm):9.0f}{by_task}")
-    if results is None:
-        write(losses, EXAMPLES)
+
+
+def main() -> None:
+    """Prints the table of other rows, or writes the pages whose rows are there."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, help="another file of rows: its table is printed, no page is written")
+    results = parser.parse_args().results
+    files = {"": results} if results else {page: rows_of(page) for page in PAGES}
+    for page, file in files.items():
+        losses = Losses(read(file))
+        if not losses.tasks:
+            print(f"no draw is complete in {file}")
+            continue
+        show(losses)
+        if page:
+            write(losses, ROOT / "docs" / f"{page}.md")
 
 
 if __name__ == "__main__":
