@@ -131,9 +131,10 @@ def publish(
 def _link_or_copy(source: str, target: str) -> str:
     """Weights are never changed in place, so the result may share them with the step that made them.
 
-    Shards are copied: a linked shard could lie anywhere, and loading refuses it.
+    Shards are copied: a linked shard could lie anywhere, and loading refuses it. So is what people edit by hand: the
+    step must stay as it was.
     """
-    if "-of-" in Path(source).name:
+    if "-of-" in Path(source).name or Path(source).suffix != ".safetensors":
         shutil.copy2(source, target)
         return target
     try:

@@ -305,6 +305,11 @@ def test_missing_fields_are_all_named() -> None:
             "importance 'wanda' exists only without training",
         ),
         ("[{low_rank: }, {low_rank: }]", "another step is called 'low_rank'"),
+        ("[{vocabulary: , width_pruning: {remove: 0.5}}]", "which width_pruning may read; give it a step of its own"),
+        (
+            "[{structured_pruning: {heads: 0.5}, quantization_aware: , training: {epochs: 1}}]",
+            "cannot pack layers in the training that makes them smaller",
+        ),
     ],
 )
 def test_an_impossible_order_is_refused(steps: str, said: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import TypeVar
 
@@ -82,6 +83,12 @@ def compress(
             )
     place = Path(cache_dir) if cache_dir else None
     batches = checked_batches(calibration)
+    for method, later in pairwise(chosen):
+        if method.renumbers and batches:
+            raise CompressionError(
+                f"{later.name} cannot follow {method.name} with these calibration batches: their token ids are old",
+                hint=f"Call compress with {method.name} alone, and again with batches of the changed tokenizer.",
+            )
     context = Context(calibration=batches, tokenizer=tokenizer, texts=texts, cache_dir=place)
     for method, config in zip(chosen, configs, strict=True):
         assert method.apply is not None

@@ -35,7 +35,7 @@ class LayerDroppingConfig(Config):
     Attributes:
         drop: How many.
         part: What goes: whole `layers`, or their `attention` or `ffn` alone, where the family runs without. What
-            such a block gave on average over the calibration data stays, as a constant.
+            such a block gave on average over the calibration data stays, as a constant, in families with biases.
         which: The `first`, the `last`, `spread` evenly, or by `importance`: one after another that whose
             skipping raises the loss least, measured anew each time (without labels: that changes the outputs
             least). `auto` is `importance` where there is calibration data, else `last` (Sajjad et al. 2023).
@@ -309,7 +309,9 @@ def _drop_blocks(model: PreTrainedModel, stack: str, config: LayerDroppingConfig
     outputs = [block.at(block.spec.output) for block in blocks]
     means: Sequence[torch.Tensor | None] = [None] * len(blocks)
     if context.calibration:
-        means = _mean_inputs(model, outputs, [block.name for block in blocks], context.calibration)
+        found = _mean_inputs(model, outputs, [block.name for block in blocks], context.calibration)
+        # Without a bias nothing can stay, and a block is to be judged by what removing it leaves.
+        means = [mean if module.bias is not None else None for mean, module in zip(found, outputs, strict=True)]
 
     kept, findings = _choose(model, config, context, len(blocks), range(len(blocks)), _Blocks(outputs, means))
     gone = [number for number in range(len(blocks)) if number not in kept]

@@ -104,6 +104,8 @@ def _pack(model: PreTrainedModel, kinds: dict[str, PackedKind], config: Quantiza
 class QuantizationAwarePart(Part):
     """Lets layers compute with rounded weights while they train, and packs them when training ends."""
 
+    quantizes = True
+
     def __init__(self, config: QuantizationAwareConfig, context: Context | None = None) -> None:
         self.config = config
         self._kinds: dict[str, PackedKind] = {}

@@ -60,6 +60,8 @@ class Method:
         needs_float: Whether it must see float weights, so that it cannot follow quantization.
         quantizes: Whether it leaves weights that are no longer float.
         trains_quantized: Whether its step can train a quantized model.
+        shrinks: Whether it makes layers smaller; at the end of a training only float layers can be.
+        renumbers: Whether tokens have other ids after it than calibration data made before it.
     """
 
     name: str
@@ -72,6 +74,8 @@ class Method:
     needs_float: bool = True
     quantizes: bool = False
     trains_quantized: bool = False
+    shrinks: bool = False
+    renumbers: bool = False
 
 
 @dataclass

@@ -19,6 +19,7 @@ from hfcompress.errors import CompressionError
 from hfcompress.methods.calibration import evaluating, examples_in, labels_of
 from hfcompress.methods.registry import Batch
 from hfcompress.methods.sound import mask_of_frames
+from hfcompress.methods.training import sums_over_rows
 from hfcompress.modeling.anatomy import module_at
 
 # So many show which layers read one tensor.
@@ -322,8 +323,8 @@ def input_fisher(model: PreTrainedModel, paths: Sequence[str], batches: Sequence
             examples += size
             gradients = torch.autograd.grad(loss, [output for _, _, output in calls])
             for (path, inputs, _), gradient in zip(calls, gradients, strict=True):
-                # The loss is a mean over the batch: an example's own gradient is `size` times its part of it.
-                found = _column_squares(inputs, gradient, size) * size**2
+                # Of a mean over the batch an example's own gradient is `size` times its part.
+                found = _column_squares(inputs, gradient, size) * (1 if sums_over_rows(model) else size**2)
                 fisher[path] = fisher[path] + found if path in fisher else found
     for path in paths:
         if path not in fisher:

@@ -102,5 +102,6 @@ register(
         apply=structured_pruning,
         part=_part,
         why_not=why_not,
+        shrinks=True,
     )
 )

@@ -43,6 +43,17 @@ def _part(name: str, config: Config, context: Context) -> Part:
     return method.part(config, context)
 
 
+def _require_one_end(trainer: str, parts: Sequence[Part]) -> None:
+    """Refuses parts of which each would look for what another one's end has left no longer."""
+    shrinking = sum(part.shrinks for part in parts)
+    if shrinking > 1:
+        message = "only one part can make layers smaller; train with one of them, and then with the next"
+        raise ConfigError(trainer, (Problem(("parts",), message),))
+    if shrinking and any(part.quantizes for part in parts):
+        message = "layers cannot be pruned and packed in one training; prune first, and quantize in the next"
+        raise ConfigError(trainer, (Problem(("parts",), message),))
+
+
 class _RunParts(TrainerCallback):
     """Hands the Trainer's events on to its parts."""
 
@@ -116,6 +127,7 @@ class CompressionTrainer(WeighingTrainer):
         given = {"distillation": distillation, "pruning": pruning}
         made = [_part(name, config, context) for name, config in given.items() if config is not None]
         self.parts = (*made, *parts)
+        _require_one_end(type(self).__name__, self.parts)
         self.findings: list[dict[str, Any]] = []
         self._pivoted: list[str] = []
         self._is_training = False
@@ -258,7 +270,9 @@ class CompressionTrainer(WeighingTrainer):
     def _end_parts(self) -> None:
         self._zero_part_gradients()
         model = self.accelerator.unwrap_model(self.model)
-        self.findings = [part.end(model) for part in self.parts]
+        # What ends after the layers have shrunk would look for their old shapes.
+        ends = {part: part.end(model) for part in sorted(self.parts, key=lambda part: part.shrinks)}
+        self.findings = [ends[part] for part in self.parts]
         if self._pivoted:
             in_pivoted_form(model, self._pivoted)
             commit(model)

@@ -135,6 +135,12 @@ def plain_model(model: Any) -> Any:
             return model
 
 
+def sums_over_rows(model: Any) -> bool:
+    """Tells whether a model's loss is a sum over the rows of a batch, as that of CTC by default, and not a mean."""
+    model = plain_model(model)
+    return getattr(model, "loss_type", None) == "ForCTC" and model.config.ctc_loss_reduction == "sum"
+
+
 def shifts_labels(model: PreTrainedModel) -> bool:
     """Tells whether a model's output at a token is judged by the label of the next one, as in causal LMs."""
     model = plain_model(model)
@@ -254,8 +260,12 @@ class Part:
         label_weight: Multiplies the loss on the labels.
         numbered: Whether its batches need the rows' numbers, as `inputs[EXAMPLE_ID]`.
         columns: Columns of the training rows that it reads, whether or not the model does.
+        shrinks: Whether its end leaves smaller layers, so that the other parts end before it.
+        quantizes: Whether its end leaves weights that are no longer float, which nothing can shrink.
     """
 
+    shrinks: bool = False
+    quantizes: bool = False
     label_weight: float = 1.0
     numbered: bool = False
     columns: Collection[str] = ()

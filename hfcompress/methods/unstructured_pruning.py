@@ -279,6 +279,12 @@ class UnstructuredPruningPart(Part):
         self._first, self._last = window(self.config.begin, self.config.end, total_steps)
         self._is_settled = False
         _masks(self._modules, self.config, {})  # are refused now rather than when it is time for them
+        frozen = [path for path, module in self._modules.items() if not module.weight.requires_grad]
+        if frozen and self.config.importance == "movement":
+            raise CompressionError(
+                f"{frozen[0]} is frozen, and has no gradients to tell by which of its weights matter",
+                hint="Train what is pruned, or choose another importance.",
+            )
         shapes = {path: _as_matrix(module, module.weight) for path, module in self._modules.items()}
         self._masks = {path: torch.ones_like(weight, dtype=torch.bool) for path, weight in shapes.items()}
         moves = self.config.importance == "movement"

@@ -268,5 +268,6 @@ register(
         config=VocabularyConfig,
         summary="Removes tokens that the texts never use, from model and tokenizer.",
         apply=vocabulary,
+        renumbers=True,
     )
 )

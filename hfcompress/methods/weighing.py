@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 
 from hfcompress.methods.reading import ReadingTrainer
-from hfcompress.methods.training import Part, plain_model, shifts_labels
+from hfcompress.methods.training import Part, plain_model, shifts_labels, sums_over_rows
 
 
 class WeighingTrainer(ReadingTrainer):
@@ -27,7 +27,7 @@ class WeighingTrainer(ReadingTrainer):
         model = plain_model(self.accelerator.unwrap_model(self.model))
         self._loss_shifts_labels = shifts_labels(model)
         # Losses of sound are sums or means over rows, however many labels those have.
-        self._of_rows = model.config.ctc_loss_reduction if model.loss_type == "ForCTC" else None
+        self._of_rows = ("sum" if sums_over_rows(model) else "mean") if model.loss_type == "ForCTC" else None
 
     def _share_of_window(self, inputs: Mapping[str, Any], items: torch.Tensor | int | None) -> torch.Tensor | float:
         """Returns what share of the accumulation window's labels this batch holds, times the processes.

@@ -45,7 +45,8 @@ def guard_config(config: PreTrainedConfig) -> None:
     Raises:
         CheckpointError: Names the field and what is allowed.
     """
-    if not isinstance(config.dtype, torch.dtype):
+    named = getattr(torch, config.dtype, None) if isinstance(config.dtype, str) else config.dtype
+    if not isinstance(named, torch.dtype):
         raise CheckpointError(f"config.json: dtype must name a torch dtype, not {config.dtype!r}", hint=_DAMAGED)
     _require_known_attention(config)
     for part in _parts(config):

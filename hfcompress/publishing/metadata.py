@@ -29,6 +29,10 @@ _TAGS = {
     "layer_dropping": "pruned",
     "low_rank": "low-rank",
     "quantization": "quantized",
+    "quantization_aware": "quantized",
+    "qlora": "quantized",
+    "gptq": "quantized",
+    "vocabulary": "pruned",
 }
 
 
@@ -111,7 +115,7 @@ def header(report: Report, license: License | None) -> str:
 
     task, base = task_of(report.task, report.recipe), hub_id(report.base_model)
     methods = [name for row in report.rows for name in row.methods]
-    quantized = "quantization" in methods
+    quantized = any(_TAGS.get(name) == "quantized" for name in methods)
     data = ModelCardData(
         base_model=base,
         datasets=[task.dataset] if on_hub(task) else None,

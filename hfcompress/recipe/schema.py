@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, SerializeAsAny, field_validator, model_validator
@@ -345,6 +346,14 @@ def _mode_problems(step: Outline, path: tuple[str | int, ...]) -> list[Problem]:
         if not step.trains and method.apply is None:
             message = "works only in training; add `training: {epochs: ..., learning_rate: ...}` to the step"
             problems.append(Problem((*path, method.name), message))
+    for method, later in pairwise(step.methods):
+        if method.renumbers:
+            message = f"gives tokens other ids than the step's calibration data have, which {later.name} may read"
+            problems.append(Problem((*path, method.name), f"{message}; give it a step of its own"))
+    if step.trains and any(method.shrinks for method in step.methods):
+        message = "cannot pack layers in the training that makes them smaller; give it a step of its own, after this"
+        packing = [method for method in step.methods if method.quantizes and method.part]
+        problems += [Problem((*path, method.name), message) for method in packing]
     for config in step.configs:
         method = method_of(config)
         if method.why_not and (reason := method.why_not(config, step.trains)):

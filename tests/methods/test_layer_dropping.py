@@ -212,6 +212,19 @@ def test_the_block_that_does_nothing_goes_first() -> None:
     assert torch.allclose(run(model, inputs)[0], before, atol=1e-6)
 
 
+def test_where_no_constant_can_stay_a_block_is_judged_without_it() -> None:
+    model = make("llama", "SequenceClassification", num_hidden_layers=4, pad_token_id=0)
+    inputs = inputs_for("llama", "SequenceClassification")
+    inputs["labels"] = torch.arange(len(inputs["input_ids"])) % 2
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.mlp.down_proj.weight.mul_(20)
+    found = layer_dropping(model, LayerDroppingConfig(part="ffn"), Context(calibration=[inputs]))
+    with torch.no_grad():
+        loss = model(**inputs).loss.item()
+    assert loss == pytest.approx(min(found["costs"][-1].values()), rel=1e-5)
+
+
 @pytest.mark.parametrize(
     ("family", "part", "drop", "problem"),
     [

@@ -48,7 +48,7 @@ def arguments(folder: Path, **changes: Any) -> TrainingArguments:
 def make(folder: Path, cls: type = PruningTrainer, *, dropout: float = 0.1, **changes: Any) -> CompressionTrainer:
     own = {
         key: changes.pop(key)
-        for key in ("pruning", "teacher", "distillation", "callbacks", "optimizers")
+        for key in ("pruning", "teacher", "distillation", "callbacks", "optimizers", "parts")
         if key in changes
     }
     if cls is PruningTrainer:

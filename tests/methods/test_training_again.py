@@ -9,8 +9,16 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from hfcompress import LowRankConfig, PruningTrainer, StructuredPruningConfig, UnstructuredPruningConfig, compress
-from hfcompress.errors import CompressionError, TrainingError
+from hfcompress import (
+    LowRankConfig,
+    PruningTrainer,
+    QuantizationAwareConfig,
+    StructuredPruningConfig,
+    UnstructuredPruningConfig,
+    compress,
+)
+from hfcompress.errors import CompressionError, ConfigError, TrainingError
+from hfcompress.methods.quantization_aware import QuantizationAwarePart
 from hfcompress.methods.registry import Context
 from hfcompress.methods.structured_pruning import PruningPart
 from hfcompress.methods.trainer import CompressionTrainer
@@ -139,6 +147,23 @@ def test_zeros_are_not_made_in_pivoted_layers_in_training() -> None:
 def test_movement_of_a_frozen_layer_is_refused() -> None:
     model = tiny_classifier(0).requires_grad_(False)
     part = UnstructuredPruningPart(UnstructuredPruningConfig(importance="movement", begin=0, end=1), Context())
-    part.begin(model, 4, torch.device("cpu"))
-    with pytest.raises(CompressionError, match="equally important"):
-        part.after_step(4)
+    with pytest.raises(CompressionError, match="is frozen, and has no gradients"):
+        part.begin(model, 4, torch.device("cpu"))
+
+
+def test_zeros_are_made_before_layers_shrink(tmp_path: Path) -> None:
+    shrinking = PruningPart(StructuredPruningConfig(neurons=0.5, interval=1, multiple_of=8))
+    zeros = UnstructuredPruningPart(UnstructuredPruningConfig(interval=1))
+    trainer = make(tmp_path, CompressionTrainer, parts=[shrinking, zeros])
+    trainer.train()
+    assert [block.neurons for block in feed_forward_blocks(trainer.model)] == [48, 48]
+    assert trainer.findings[1]["sparsity"] == pytest.approx(0.5, abs=0.01)
+
+
+def test_parts_of_which_one_ends_the_other_are_refused(tmp_path: Path) -> None:
+    shrinking = [PruningPart(StructuredPruningConfig(neurons=0.5)) for _ in range(2)]
+    packing = QuantizationAwarePart(QuantizationAwareConfig())
+    with pytest.raises(ConfigError, match="only one part can make layers smaller"):
+        make(tmp_path, CompressionTrainer, parts=shrinking)
+    with pytest.raises(ConfigError, match="cannot be pruned and packed in one training"):
+        make(tmp_path, CompressionTrainer, parts=[packing, shrinking[0]])

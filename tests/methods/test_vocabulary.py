@@ -34,7 +34,7 @@ from hfcompress.methods.vocabulary import vocabulary
 from hfcompress.modeling.layers.tied import LowRankEmbedding
 from hfcompress.modeling.ties import replace_table
 from tests.tiny_models import VOCABULARY, make, run
-from tests.workshop import tiny_classifier, tiny_tokenizer
+from tests.workshop import batches, tiny_classifier, tiny_tokenizer
 
 LEARNT = [
     "the lowest tower is slower than the newest one",
@@ -344,3 +344,12 @@ def test_a_model_that_sees_too_keeps_the_ids_of_its_text_config(tmp_path: Path) 
     loaded = LlavaForConditionalGeneration.from_pretrained(tmp_path)
     assert loaded.config.image_token_id == tokenizer.convert_tokens_to_ids("<image>")
     assert loaded.config.text_config.pad_token_id == loaded.config.text_config.eos_token_id == tokenizer.pad_token_id
+
+
+def test_batches_of_old_ids_are_refused_before_anything_is_changed() -> None:
+    model, tokenizer = tiny_classifier(), tiny_tokenizer()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    configs = [VocabularyConfig(), StructuredPruningConfig(neurons=0.5)]
+    with pytest.raises(CompressionError, match="cannot follow vocabulary with these calibration batches"):
+        compress(model, configs, calibration=batches(1), tokenizer=tokenizer, texts=["one"])
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())

@@ -135,6 +135,14 @@ def test_stock_numbers_are_bounded(field: str, value: Any, saved: Path) -> None:
     assert isinstance(caught.value, CheckpointError) or "divi" in str(caught.value) or field == "dtype"
 
 
+def test_a_dtype_may_be_named(saved: Path) -> None:
+    named, given = (
+        {name: tensor.dtype for name, tensor in load(saved, dtype=dtype).state_dict().items()}
+        for dtype in ("bfloat16", torch.bfloat16)
+    )
+    assert named == given and torch.bfloat16 in named.values()
+
+
 def test_what_a_caller_may_choose_is_still_free(saved: Path) -> None:
     model = load(saved, hidden_dropout_prob=0.3, attn_implementation="eager", output_hidden_states=True)
     assert model.config.hidden_dropout_prob == 0.3

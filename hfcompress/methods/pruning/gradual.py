@@ -38,6 +38,8 @@ class PruningPart(Part):
         CompressionError: The config's importance cannot be had in training.
     """
 
+    shrinks = True
+
     def __init__(self, config: StructuredPruningConfig, context: Context | None = None) -> None:
         if message := why_not(config, trains=True):
             raise CompressionError(message)

@@ -21,6 +21,7 @@ from hfcompress.methods.digests import feed, model_digest
 from hfcompress.methods.pruning.units import Units
 from hfcompress.methods.registry import Batch
 from hfcompress.methods.statistics import real_rows, remembering
+from hfcompress.methods.training import sums_over_rows
 
 
 def taylor(gradients: torch.Tensor) -> torch.Tensor:
@@ -163,8 +164,8 @@ def _mask_gradients(model: PreTrainedModel, units: Sequence[Units], batches: Seq
             loss = outputs.get("loss")
             if loss is None:
                 raise CompressionError("the model returns no loss for the calibration batches")
-            # The loss is a mean over the batch.
-            found = torch.autograd.grad(loss * len(factors[0]), factors, allow_unused=True)
+            examples = 1 if sums_over_rows(model) else len(factors[0])  # else the loss is a mean over the batch
+            found = torch.autograd.grad(loss * examples, factors, allow_unused=True)
             for kept, factor, gradient in zip(rows, factors, found, strict=True):
                 gradient = torch.zeros_like(factor) if gradient is None else gradient.detach()
                 kept[number] = gradient.float().cpu()

@@ -74,7 +74,9 @@ class Latency(Target):
         budget = self.table.whole * (1 - self.share * progress) - self.table.rest
         losses = []
         for score, counts in zip(scores, sizes, strict=True):
-            ranked = np.concatenate([[0.0], score.double().cpu().sort(descending=True).values.cumsum(0).numpy()])
+            # Units that are closed for good have scores below 0, beside which small ones would vanish by rounding.
+            ranked = score.double().cpu().clamp(min=0).sort(descending=True).values.cumsum(0)
+            ranked = np.concatenate([[0.0], ranked.numpy()])
             losses.append(ranked[-1] - ranked[counts])
         prices = [self.table.seconds(position, counts) for position, counts in enumerate(sizes)]
         chosen = knapsack(losses, prices, budget)

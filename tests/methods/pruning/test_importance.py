@@ -105,3 +105,14 @@ def test_gradients_are_taken_once_for_the_same_model_and_data(tmp_path: Path) ->
     assert not torch.equal(kept_gradients(model, units, data, tmp_path)[0], first[0] + 1)
     kept_gradients(model, units, batches(2, seed=5), tmp_path)
     assert len(list(tmp_path.iterdir())) == 3
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+def test_of_a_loss_of_sound_an_example_weighs_the_same_in_every_batch(reduction: str) -> None:
+    model = make("wav2vec2", "CTC", ctc_loss_reduction=reduction, ctc_zero_infinity=True)
+    generator = torch.Generator().manual_seed(1)
+    sound, said = torch.randn(5, 400, generator=generator), torch.randint(5, 61, (5, 3), generator=generator)
+    parts = [[slice(row, row + 1) for row in range(5)], [slice(0, 4), slice(4, 5)]]
+    batched = [[{"input_values": sound[part], "labels": said[part]} for part in each] for each in parts]
+    alone, together = (mask_gradients(model, neuron_units(model), each)[0] for each in batched)
+    assert torch.allclose(alone, together, rtol=1e-3, atol=1e-7)

@@ -51,6 +51,19 @@ def made_up(heads: dict[int, float], neurons: dict[int, float], share: float) ->
     return Latency(groups=groups, multiples={"heads": 1, "neurons": 8}, table=table, share=share)
 
 
+@pytest.mark.parametrize("scale", [1e-8, 1e-16, 1e-24])
+def test_how_large_scores_are_chooses_nothing_beside_units_that_are_closed(scale: float) -> None:
+    target = made_up({1: 0.5, 4: 2.0}, {8: 0.1, 48: 1.0, 96: 2.0}, 0.4)
+    generator = torch.Generator().manual_seed(0)
+    scores = [torch.rand(each.count, generator=generator) for each in target.units]
+    closed = [torch.arange(len(score)) == 0 for score in scores]
+    usual, small = (
+        [torch.where(gone, -1.0, score * by) for gone, score in zip(closed, scores, strict=True)] for by in (1, scale)
+    )
+    kept = zip(target.choose(usual), target.choose(small), strict=True)
+    assert all(torch.equal(left, right) for left, right in kept)
+
+
 def test_what_costs_no_time_stays() -> None:
     # Heads cost 4 of 10 seconds, neurons none: whatever their scores say, heads must go.
     target = made_up({1: 0.5, 4: 2.0}, {8: 0.1, 96: 0.1}, 0.19)
