@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from scripts.studies import distillation
+from scripts.studies import distillation, material
 from scripts.studies.distillation_page import Study
 from scripts.studies.language_model import blocks_of, pending, recovered
 from scripts.studies.low_rank import ARMS, config_of
@@ -72,7 +73,13 @@ def test_every_arm_removes_the_share_that_it_is_asked_for(arm: str) -> None:
     assert config.weighs_outputs_with(config.method_with(True)) == arm.startswith("curvature")
 
 
-def test_made_texts_are_learnt_from_the_teacher_alone() -> None:
+def test_made_texts_are_learnt_from_the_teacher_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HFCOMPRESS_CACHE", str(tmp_path))
+    material.glue_folder().mkdir(parents=True)
+    for task in ("mrpc", "stsb"):
+        teacher = material.teacher_folder("mpnet-base", task)
+        teacher.mkdir(parents=True)
+        (teacher / "config.json").write_text("{}")
     for task, hard in (("mrpc", 0.5), ("stsb", 0.0)):
         point = {"task": task, "part": "whole", "epochs": 3, "seed": 1, "rate": 1e-4}
         made, plain = (distillation.recipe_of(point | {"arm": arm}) for arm in (distillation.TAUGHT, "outputs"))
