@@ -240,7 +240,8 @@ def find_model(name: str, *, progress: bool) -> Path:
         return folder
     from huggingface_hub import snapshot_download
 
-    folder = Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model"]))
+    wanted = ["*.json", "*.safetensors", "*.txt", "*.model", "README.md"]  # the last states the licence
+    folder = Path(snapshot_download(name, allow_patterns=wanted))
     require_undamaged(folder)
     return folder
 

@@ -25,9 +25,10 @@ from hfcompress.evaluation.report import Report, Row, describe_environment, rete
 from hfcompress.evaluation.seeds import over_seeds
 from hfcompress.material import Material, find_model
 from hfcompress.methods.training import require_trackers
+from hfcompress.publishing.metadata import stated_license
 from hfcompress.recipe import Recipe
 from hfcompress.recipe.schema import is_local
-from hfcompress.run_folder import Done, locked, publish, refuse_foreign
+from hfcompress.run_folder import Done, locked, publish, refuse_foreign, say_what_goes
 from hfcompress.tasks import Task, judged_by
 
 __all__ = ["find_model", "run"]
@@ -60,6 +61,7 @@ def run(recipe: Recipe, output: Path, quiet: bool = False) -> Report:
     """
     output = Path(output)
     refuse_foreign(output)
+    say_what_goes(output, _published_recipe(recipe))
     require_trackers([step.training for step in recipe.steps if step.training is not None])
     if recipe.evaluation.explanations is not None:
         require_explainer(recipe.evaluation.explanations)
@@ -110,6 +112,7 @@ def _report(material: Material, runs: Sequence[_Measured]) -> tuple[Report, dict
     report = Report(
         name=recipe.name,
         base_model=_without_folders(recipe.model),
+        license=stated_license(material.base / "README.md") if is_local(recipe.model) else None,
         task=task.name,
         recipe=_published_recipe(recipe),
         environment=describe_environment(),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 
     from hfcompress.evaluation.comparison import Answers
     from hfcompress.evaluation.report import Report
+
+logger = logging.getLogger(__name__)
 
 REPORT = "report.json"
 PREDICTIONS = "predictions.json"
@@ -48,15 +51,41 @@ class Done:
 
 
 def refuse_foreign(output: Path) -> None:
-    """Leaves alone a folder that no run wrote.
+    """Leaves alone a folder that no run wrote, and a card that somebody else did.
 
     Raises:
-        RunFolderError: It holds something, and no report.
+        RunFolderError: It holds something, and no report; or its card would have to be replaced.
     """
     if output.exists() and (not output.is_dir() or (any(output.iterdir()) and not (output / REPORT).is_file())):
         raise RunFolderError(
             f"{output} holds something that no run wrote",
             hint="Choose another folder with --output, or empty it.",
+        )
+    from hfcompress.publishing.contents import CARD, added_by_people
+
+    if output.exists() and CARD in added_by_people(output):
+        raise RunFolderError(
+            f"{output / CARD} was not written by hfcompress, and the card of this run would replace it",
+            hint="Move it away, or choose another folder with --output.",
+        )
+
+
+def say_what_goes(output: Path, recipe: dict[str, Any]) -> None:
+    """Warns where a result of other settings will be replaced.
+
+    Args:
+        output: The result's folder.
+        recipe: The recipe as a report would hold it.
+    """
+    report = read_json(output / REPORT)
+    there, recipe = report and report.get("recipe"), json.loads(json.dumps(recipe))
+    if there and there != recipe:
+        fields = [name for name in {**there, **recipe} if there.get(name) != recipe.get(name)]
+        logger.warning(
+            "%s holds a result of another recipe (%s differ); it is replaced when this run is done. "
+            "--output keeps both",
+            output,
+            ", ".join(fields),
         )
 
 
@@ -112,9 +141,13 @@ def publish(
         answers: Those of every seed.
         output: The folder.
         trials: What else `AnswerBook.of_run` keeps.
+
+    Raises:
+        RunFolderError: Somebody has put something there since the run began.
     """
     from hfcompress.publishing import write_documents
 
+    refuse_foreign(output)  # a card may have been written since the run began
     scratch = output.with_name(f".{output.name}.partial")
     shutil.rmtree(scratch, ignore_errors=True)
     shutil.copytree(checkpoint, scratch, copy_function=_link_or_copy)
@@ -123,9 +156,23 @@ def publish(
         book = AnswerBook.of_run(report, answers, **trials)
         (scratch / PREDICTIONS).write_text(book.to_json(), encoding="utf-8")
         write_documents(scratch, report)
+        _carry_over(output, scratch)
         replace_directory(scratch, output)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _carry_over(old: Path, new: Path) -> None:
+    """Takes along what people have added to a result, such as a licence or an export."""
+    from hfcompress.publishing.contents import added_by_people
+
+    for name in added_by_people(old) if old.is_dir() else ():
+        there = new / name
+        there.parent.mkdir(exist_ok=True)
+        if (old / name).is_dir() and not (old / name).is_symlink():
+            shutil.copytree(old / name, there, symlinks=True, copy_function=_link_or_copy)
+        else:
+            shutil.copy2(old / name, there, follow_symlinks=False)
 
 
 def _link_or_copy(source: str, target: str) -> str:

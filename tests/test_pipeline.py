@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -228,7 +229,8 @@ def test_a_folder_of_somebody_else_is_left_alone(place: Path, tmp_path: Path) ->
 def test_a_model_that_is_fine_tuned_already_needs_no_fine_tuning(
     place: Path, finished: tuple[Path, Report], tmp_path: Path
 ) -> None:
-    base = place / "whole.work" / "1-fine_tune" / "checkpoint"
+    base = Path(shutil.copytree(place / "whole.work" / "1-fine_tune" / "checkpoint", tmp_path / "base"))
+    (base / "README.md").write_text("---\nlicense: mit\n---\nof the base")
     text = f"name: short\nmodel: {base}\ntask: sst2\ndata: {place / 'data'}\nmax_length: 16\n"
     text += "evaluation: {speed_repeats: 3, speed_sequence_length: 8}\nsteps:\n  - low_rank: {keep: 0.6}\n"
     (tmp_path / "short.yaml").write_text(text)
@@ -236,6 +238,7 @@ def test_a_model_that_is_fine_tuned_already_needs_no_fine_tuning(
     _, whole = finished
     assert [row.name for row in report.rows] == ["original", "low_rank"]
     assert report.rows[0].metrics == whole.rows[0].metrics
+    assert "license: mit\n" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_a_model_without_a_head_must_be_fine_tuned_first(place: Path, tmp_path: Path) -> None:
@@ -272,3 +275,33 @@ def test_a_step_may_change_the_tokenizer(place: Path, finished: tuple[Path, Repo
     assert trimmed.metrics == original.metrics
     found = trimmed.findings["vocabulary"]
     assert len(AutoTokenizer.from_pretrained(tmp_path / "out")) == found["kept"] == found["of"] - 2
+
+
+def test_what_people_added_to_a_result_outlives_the_next_run(
+    place: Path, finished: tuple[Path, Report], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    base = place / "whole.work" / "1-fine_tune" / "checkpoint"
+    text = f"name: short\nmodel: {base}\ntask: sst2\ndata: {place / 'data'}\nmax_length: 16\n"
+    text += "evaluation: {speed_repeats: 3, speed_sequence_length: 8}\nsteps:\n  - low_rank: {keep: 0.6}\n"
+    (tmp_path / "short.yaml").write_text(text)
+    out = tmp_path / "out"
+    pipeline.run(load_recipe(tmp_path / "short.yaml", ()), out, quiet=True)
+    added = {"LICENSE": "mine", "pictures/mine.png": "p", ".eval_results/mine.yaml": "y", "onnx/deep/model.onnx": "o"}
+    for name, content in added.items():
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        (out / name).write_text(content)
+    (out / "model-00001-of-00002.safetensors").write_text("of an earlier run")
+    pipeline.run(load_recipe(tmp_path / "short.yaml", ()), out, quiet=True)
+    assert not caplog.records
+    pipeline.run(load_recipe(tmp_path / "short.yaml", ("steps.low_rank.low_rank.keep=0.5",)), out, quiet=True)
+    (warning,) = caplog.records
+    assert "(steps differ)" in warning.getMessage()
+    assert {name: (out / name).read_text() for name in added} == added
+    assert not (out / "model-00001-of-00002.safetensors").exists()
+
+    (out / "README.md").write_text("my own words")
+    before = (out / "model.safetensors").read_bytes()
+    with pytest.raises(RunFolderError, match=r"README\.md was not written by hfcompress"):
+        pipeline.run(load_recipe(tmp_path / "short.yaml", ()), out, quiet=True)
+    assert (out / "README.md").read_text() == "my own words"
+    assert (out / "model.safetensors").read_bytes() == before

@@ -31,7 +31,7 @@ from hfcompress.machine import cpu_name
 if TYPE_CHECKING:
     from rich.table import Table
 
-__all__ = ["Report", "Row", "describe_environment", "retention"]
+__all__ = ["License", "Report", "Row", "describe_environment", "retention"]
 
 _NOT_AVAILABLE = "n/a"
 _METRICS_SHOWN = 2  # on the screen, where more would leave no room; documents show all
@@ -73,6 +73,23 @@ class Row:
 
 
 @dataclass(frozen=True, kw_only=True)
+class License:
+    """A licence as card headers name it.
+
+    Attributes:
+        id: The Hub's identifier, such as `apache-2.0`, or `other`.
+        name: Its name, where the identifier is `other`.
+        link: Where its text is, where the identifier is `other`.
+    """
+
+    __pydantic_config__ = STRICT
+
+    id: str
+    name: str | None = None
+    link: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Report:
     """What a run measured, and everything needed to measure it again.
 
@@ -80,6 +97,7 @@ class Report:
         format: The version of this record.
         name: The recipe's name.
         base_model: The model it started from.
+        license: What its own card stated, where it was a folder of this machine.
         task: The task's name.
         recipe: The recipe as it was run.
         environment: Versions and hardware, from `describe_environment`.
@@ -115,6 +133,7 @@ class Report:
     seeds: Seeds | None = None
     explanations: Explanations | None = None
     attack: Attack | None = None
+    license: License | None = None
 
     @property
     def compression(self) -> float:

@@ -9,12 +9,12 @@ from collections.abc import Collection
 import yaml
 
 from hfcompress.evaluation.metrics import less_is_better
-from hfcompress.evaluation.report import Report
+from hfcompress.evaluation.report import License, Report
 from hfcompress.publishing import figures
 from hfcompress.publishing.drawbacks import drawbacks, from_reference
 from hfcompress.publishing.figures import metric_names, speed_up
 from hfcompress.publishing.markup import escape, fenced, number, plain, ratio, size, table
-from hfcompress.publishing.metadata import DEMO_MODELS, License, header, hub_id, is_local, on_hub
+from hfcompress.publishing.metadata import DEMO_MODELS, header, hub_id, is_local, on_hub
 from hfcompress.publishing.pictures import QUALITY, TRAINING
 from hfcompress.publishing.trials import trials
 from hfcompress.tasks import kind_of, task_of

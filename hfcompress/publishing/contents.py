@@ -11,24 +11,31 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hfcompress.errors import CheckpointError
+from hfcompress.publishing.card_text import MARK
+from hfcompress.publishing.pictures import PICTURES
 
 WEIGHTS = re.compile(r"model\.safetensors|model-\d{5}-of-\d{5}\.safetensors|model\.safetensors\.index\.json")
 
 # A list of what belongs, never of what does not: a Trainer leaves pickles behind (training_args.bin
 # holds the Hub token in clear), and nobody can name every file that a folder may hold tomorrow.
-_BELONGS = (
+_OF_A_RUN = (
     WEIGHTS,
     re.compile(r"(config|generation_config|preprocessor_config|processor_config)\.json"),
     re.compile(r"(tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab)\.json"),
     re.compile(r"vocab\.txt|merges\.txt|bpe\.codes|spiece\.model|sentencepiece\.bpe\.model|tokenizer\.model"),
     re.compile(r"chat_template\.jinja"),
-    re.compile(
-        r"README\.md|report\.(json|html)|predictions\.json|provenance\.json|manifest\.json|recipe\.yaml|CITATION\.cff"
-    ),
+    re.compile(r"report\.(json|html)|predictions\.json"),
+    re.compile("|".join(map(re.escape, PICTURES))),
+)
+CARD = "README.md"
+# Only those that hold the mark are a run's.
+_MARKED = (re.compile(re.escape(CARD)), re.compile(r"\.eval_results/[A-Za-z0-9][\w.-]*\.yaml"))
+_OF_PEOPLE = (
+    re.compile(r"provenance\.json|manifest\.json|recipe\.yaml|CITATION\.cff"),
     re.compile(r"(LICENSE|NOTICE)(\.md|\.txt)?"),
     re.compile(r"(pictures/)?[A-Za-z0-9][\w.-]*\.(png|svg|jpg|jpeg|webp)"),
-    re.compile(r"\.eval_results/[A-Za-z0-9][\w.-]*\.yaml"),
 )
+_BELONGS = (*_OF_A_RUN, *_MARKED, *_OF_PEOPLE)
 _FOLDERS = ("", ".eval_results", "pictures")
 
 # Only the shortest form that counts is matched, and none is longer than _OVERLAP: so a secret across
@@ -85,6 +92,29 @@ def collect(directory: Path) -> tuple[Content, ...]:
         _refuse_outsider(name, path, directory)
     _check_whole(directory, paths)
     return tuple(read(name, paths[name]) for name in sorted(paths))
+
+
+def added_by_people(directory: Path) -> tuple[str, ...]:
+    """Finds what no run wrote in the folder of a run's result.
+
+    Returns:
+        Paths in the folder, with forward slashes; of a folder that no run makes its own alone.
+    """
+    names = {name for name, path in _walk(directory) if not _is_of_a_run(name, path)}
+    for folder in _FOLDERS:
+        found = (path.relative_to(directory).as_posix() for path in _folders(directory / folder))
+        names |= {name for name in found if name not in _FOLDERS}
+    return tuple(sorted(names))
+
+
+def _is_of_a_run(name: str, path: Path) -> bool:
+    if any(form.fullmatch(name) for form in _MARKED):
+        return MARK.encode() in path.read_bytes()
+    return any(form.fullmatch(name) for form in _OF_A_RUN)
+
+
+def _folders(directory: Path) -> list[Path]:
+    return [path for path in directory.iterdir() if path.is_dir()] if directory.is_dir() else []
 
 
 def read(name: str, path: Path, *, chunk: int = _CHUNK) -> Content:

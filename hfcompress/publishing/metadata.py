@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import yaml
 
+from hfcompress.evaluation.report import License
 from hfcompress.publishing.markup import plain
 from hfcompress.tasks import Task, kind_of, task_of
 
@@ -34,21 +35,6 @@ _TAGS = {
     "gptq": "quantized",
     "vocabulary": "pruned",
 }
-
-
-@dataclass(frozen=True, kw_only=True)
-class License:
-    """A licence as card headers name it.
-
-    Attributes:
-        id: The Hub's identifier, such as `apache-2.0`, or `other`.
-        name: Its name, where the identifier is `other`.
-        link: Where its text is, where the identifier is `other`.
-    """
-
-    id: str
-    name: str | None = None
-    link: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,25 +65,33 @@ def hub_id(model: str) -> str | None:
     return None if is_local(model) or model.startswith("demo/") else model
 
 
-def find_license(model: str) -> License | None:
-    """Looks for the base model's licence without the network: in its folder, or in the Hub's cache.
+def find_license(report: Report) -> License | None:
+    """Finds the base model's licence without the network: in the report, or in the Hub's cache.
 
     Returns:
         The licence that its own card states, or None where it cannot be known.
     """
-    from huggingface_hub import ModelCard, try_to_load_from_cache
+    from huggingface_hub import try_to_load_from_cache
 
+    model = report.base_model
+    if report.license is not None or is_local(model):
+        return report.license  # of a folder the report has the name alone
     if model in DEMO_MODELS:
         return DEMO_MODELS[model].license
-    if not is_local(model) and hub_id(model) is None:
-        return None
-    found = str(Path(model) / "README.md") if is_local(model) else try_to_load_from_cache(model, "README.md")
-    if not isinstance(found, str) or not Path(found).is_file():
+    found = try_to_load_from_cache(model, "README.md") if hub_id(model) else None
+    return stated_license(Path(found)) if isinstance(found, str) else None
+
+
+def stated_license(card: Path) -> License | None:
+    """Returns the licence that a model's card states; None where there is no card, or it cannot be read."""
+    from huggingface_hub import ModelCard
+
+    if not card.is_file():
         return None
     try:
-        data = ModelCard(Path(found).read_text(encoding="utf-8"), ignore_metadata_errors=True).data
+        data = ModelCard(card.read_text(encoding="utf-8"), ignore_metadata_errors=True).data
     except (OSError, ValueError, TypeError, yaml.YAMLError):
-        return None  # a card that cannot be read states no licence
+        return None
     given = data.get("license")
     if not isinstance(given, str):
         return None

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from hfcompress.errors import CheckpointError, RunFolderError
-from hfcompress.evaluation.report import Report
+from hfcompress.evaluation.report import License, Report
 from hfcompress.publishing.card_text import MARK, card_of_report
-from hfcompress.publishing.metadata import License, eval_results, find_license
+from hfcompress.publishing.metadata import eval_results, find_license
 from hfcompress.publishing.pictures import PICTURES
 
 __all__ = ["card_of_report", "card_texts", "quant_method", "read_config", "read_report", "write_card"]
@@ -40,7 +40,7 @@ def write_card(directory: Path, report: Report | None = None, *, overwrite: bool
     if report is None:
         report = read_report(directory)
     card = directory / "README.md"
-    texts = card_texts(directory, report, quant_method(config), find_license(report.base_model))
+    texts = card_texts(directory, report, quant_method(config), find_license(report))
     if not overwrite:
         for path in texts:
             _refuse_foreign(path)

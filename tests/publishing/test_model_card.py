@@ -11,8 +11,8 @@ import yaml
 from huggingface_hub import ModelCard, parse_eval_result_entries
 
 from hfcompress.errors import CheckpointError, DataError, RunFolderError
-from hfcompress.evaluation.report import Report
-from hfcompress.publishing.metadata import License, find_license
+from hfcompress.evaluation.report import License, Report
+from hfcompress.publishing.metadata import find_license, stated_license
 from hfcompress.publishing.model_card import card_of_report, write_card
 
 GOLDEN = Path(__file__).with_name("golden_card.md")
@@ -77,7 +77,7 @@ def test_a_model_that_was_only_fine_tuned_is_compared_with_nothing(report: Repor
 
 def test_a_demo_model_names_its_source(report: Report) -> None:
     demo = replace(report, base_model="demo/minilm-l6", task="demo/movie-reviews")
-    card = card_of_report(demo, quant_method="hfcompress", license=find_license(demo.base_model))
+    card = card_of_report(demo, quant_method="hfcompress", license=find_license(demo))
     data = header_of(card)
     assert data["base_model"] == "sentence-transformers/all-MiniLM-L6-v2"
     assert data["license"] == "apache-2.0"
@@ -258,17 +258,24 @@ def test_an_unknown_task(report: Report) -> None:
         card_of_report(replace(report, task="nowhere"), quant_method=None)
 
 
-def test_the_licence_of_a_local_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "base").mkdir()
-    readme = tmp_path / "base/README.md"
-    assert find_license("./base") is None
+def test_the_licence_that_a_card_states(tmp_path: Path) -> None:
+    readme = tmp_path / "README.md"
+    assert stated_license(readme) is None
     readme.write_text("---\nlicense: other\nlicense_name: gemma\nlicense_link: LICENSE\n---\n", encoding="utf-8")
-    assert find_license("./base") == License(id="other", name="gemma", link="LICENSE")
+    assert stated_license(readme) == License(id="other", name="gemma", link="LICENSE")
     for broken in ("---\nlicense: [\n---\n", "---\nlicense: [mit]\n---\n", "no header"):
         readme.write_text(broken, encoding="utf-8")
-        assert find_license("./base") is None
+        assert stated_license(readme) is None
     readme.write_bytes(b"\xff\xfe")
-    assert find_license("./base") is None
-    assert find_license("no-such-org/no-such-model") is None
-    assert find_license("demo/other") is None
+    assert stated_license(readme) is None
+
+
+def test_where_the_licence_of_a_base_is_found(report: Report, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "README.md").write_text("---\nlicense: mit\n---\n", encoding="utf-8")
+    # A folder that happens to be called like the base of a run elsewhere says nothing of it.
+    assert find_license(replace(report, base_model="./base")) is None
+    assert find_license(replace(report, base_model="./base", license=APACHE)) == APACHE
+    assert find_license(replace(report, base_model="no-such-org/no-such-model")) is None
+    assert find_license(replace(report, base_model="demo/other")) is None
