@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import logging
 import shutil
-import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,6 +34,8 @@ from hfcompress.run_folder import (
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, Trainer
+
+    from hfcompress.methods.watching import Stopwatch
 
 logger = logging.getLogger(__name__)
 
@@ -118,14 +119,16 @@ class Bench:
     def _do(self, step: Step, folder: Path, key: str, before: Done | None, teacher: Done | None) -> dict[str, Any]:
         from transformers import set_seed
 
+        from hfcompress.methods.watching import Stopwatch
+
         prepare(folder, key)
         set_seed(self.seed)
-        started = time.monotonic()
+        watch = Stopwatch()
         checkpoint, training = folder / "checkpoint", None
         findings = self._on_disk(step, before, checkpoint)
         if findings is None:
-            findings, training = self._in_memory(step, folder, before, teacher)
-        seconds = round(time.monotonic() - started, 1)
+            findings, training = self._in_memory(step, folder, before, teacher, watch)
+        seconds = round(watch.seconds, 1)
         _keep_logs(folder / "training" / "runs", folder / _LOGS)
         shutil.rmtree(folder / "training", ignore_errors=True)
         record = self._measure(checkpoint, folder, key) | {"key": key, "seconds": seconds, "findings": findings}
@@ -142,7 +145,7 @@ class Bench:
         return None if findings is None else {method.name: findings}
 
     def _in_memory(
-        self, step: Step, folder: Path, before: Done | None, teacher: Done | None
+        self, step: Step, folder: Path, before: Done | None, teacher: Done | None, watch: Stopwatch
     ) -> tuple[dict[str, Any], Training | None]:
         model = self._load(before)
         cut = self.material.cut(before.checkpoint if before else self.material.base)
@@ -152,7 +155,7 @@ class Bench:
         if step.training is None:
             findings = self._at_once(model, step, cut)
         else:
-            findings, training = self._in_training(model, step, folder / "training", teacher, cut)
+            findings, training = self._in_training(model, step, folder / "training", teacher, cut, watch)
         save(model, folder / "checkpoint", tokenizer=cut.tokenizer)
         return findings, training
 
@@ -190,7 +193,7 @@ class Bench:
         return findings
 
     def _in_training(
-        self, model: PreTrainedModel, step: Step, folder: Path, teacher: Done | None, cut: Cut
+        self, model: PreTrainedModel, step: Step, folder: Path, teacher: Done | None, cut: Cut, watch: Stopwatch
     ) -> tuple[dict[str, Any], Training]:
         from hfcompress.methods.teaching.transfer import transfer_set
         from hfcompress.methods.trainer import CompressionTrainer
@@ -223,7 +226,8 @@ class Bench:
             data_collator=self.kind.collator(cut.tokenizer),
             processing_class=cut.tokenizer,
         )
-        examples = self._watch(trainer, model, cut)
+        trainer.add_callback(watch)
+        examples = self._measure_along(trainer, model, cut)
         trainer.train(resume_from_checkpoint=True)
         trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
         if model.dtype != dtype:
@@ -237,7 +241,7 @@ class Bench:
         assert teacher is not None, "the first row of a run teaches"
         return [self.material.teacher_tokens(each, cut) for each in (teacher.checkpoint, *self.material.more_teachers)]
 
-    def _watch(self, trainer: Trainer, model: PreTrainedModel, cut: Cut) -> int:
+    def _measure_along(self, trainer: Trainer, model: PreTrainedModel, cut: Cut) -> int:
         """Lets a training measure itself for its curves; returns on how many rows."""
         from hfcompress.methods.watching import MeasureWhileTraining
 

@@ -18,6 +18,7 @@ from hfcompress import (
 from hfcompress.errors import CheckpointError, TrainingError
 from hfcompress.methods.resuming import damage, last_whole_checkpoint
 from hfcompress.methods.trainer import CompressionTrainer
+from hfcompress.methods.watching import Stopwatch
 from hfcompress.modeling.anatomy import attention_blocks
 from tests.workshop import sentences, tiny_classifier, tiny_tokenizer
 
@@ -94,13 +95,21 @@ def test_cut_off_and_resumed_is_uninterrupted(tmp_path: Path, cut_after: int) ->
             if state.global_step == cut_after:
                 raise KeyboardInterrupt
 
-    whole = make(tmp_path / "whole")
+    whole, clocks = make(tmp_path / "whole"), [Stopwatch() for _ in range(3)]
     whole.train()
+    for clock in clocks[:2]:
+        clock._started -= 1000.0  # as if the work before its training had taken long
     with pytest.raises(KeyboardInterrupt):
-        make(tmp_path / "cut", callbacks=[Cut()]).train()
-    resumed = make(tmp_path / "cut")
+        make(tmp_path / "cut", callbacks=[clocks[0], Cut()]).train()
+    assert 1000 < clocks[0].seconds < 1900, "what was not resumed goes on from nothing"
+    resumed = make(tmp_path / "cut", callbacks=[clocks[1]])
     resumed.train(resume_from_checkpoint=True)
     assert same(weights(whole), weights(resumed))
+    saved = 1000 if cut_after > 4 else 0
+    assert 1000 + saved < clocks[1].seconds < 1900 + saved
+    again = make(tmp_path / "cut", callbacks=[clocks[2]])
+    again.train(resume_from_checkpoint=True)
+    assert 1000 + saved < clocks[2].seconds < 1900 + saved, "the checkpoint holds the sum"
 
 
 @pytest.mark.parametrize("file", ["optimizer.pt", "rng_state.pth", "model.safetensors", "hfcompress_parts.safetensors"])
