@@ -31,9 +31,10 @@ from hfcompress.run_folder import (
     read_record,
     write_json,
 )
+from hfcompress.tasks.labels import are_generic
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, Trainer
+    from transformers import PreTrainedConfig, PreTrainedModel, Trainer
 
     from hfcompress.methods.watching import Stopwatch
 
@@ -138,8 +139,12 @@ class Bench:
 
     def _on_disk(self, step: Step, before: Done | None, checkpoint: Path) -> dict[str, Any] | None:
         """Does a step on the files of the one before, where its method can; None where the model is to be loaded."""
+        from transformers import AutoConfig
+
         method = method_of(step.methods[0]) if len(step.methods) == 1 else None
         if before is None or step.training is not None or method is None or method.stream is None:
+            return None
+        if self._names_to_tell(AutoConfig.from_pretrained(before.checkpoint)):
             return None
         findings = method.stream(before.checkpoint, checkpoint, step.methods[0], not self.quiet)
         return None if findings is None else {method.name: findings}
@@ -156,8 +161,16 @@ class Bench:
             findings = self._at_once(model, step, cut)
         else:
             findings, training = self._in_training(model, step, folder / "training", teacher, cut, watch)
+        model.config.update(self._names_to_tell(model.config))
         save(model, folder / "checkpoint", tokenizer=cut.tokenizer)
         return findings, training
+
+    def _names_to_tell(self, config: PreTrainedConfig) -> dict[str, Any]:
+        """Returns the names of the task's labels where the model was never told any, and is taken to use that order."""
+        head = self.kind.head(self.task)
+        if not self.task.labels or not are_generic(config.label2id or {}):
+            return {}
+        return {name: head[name] for name in ("id2label", "label2id") if name in head}
 
     def _measure(self, checkpoint: Path, folder: Path, key: str) -> dict[str, Any]:
         """Judges what a user would load, never what is left in memory; the answers are kept in `folder`."""

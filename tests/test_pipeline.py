@@ -231,6 +231,9 @@ def test_a_model_that_is_fine_tuned_already_needs_no_fine_tuning(
 ) -> None:
     base = Path(shutil.copytree(place / "whole.work" / "1-fine_tune" / "checkpoint", tmp_path / "base"))
     (base / "README.md").write_text("---\nlicense: mit\n---\nof the base")
+    config = json.loads((base / "config.json").read_text())
+    config |= {"id2label": {"0": "LABEL_0", "1": "LABEL_1"}, "label2id": {"LABEL_0": 0, "LABEL_1": 1}}
+    (base / "config.json").write_text(json.dumps(config))
     text = f"name: short\nmodel: {base}\ntask: sst2\ndata: {place / 'data'}\nmax_length: 16\n"
     text += "evaluation: {speed_repeats: 3, speed_sequence_length: 8}\nsteps:\n  - low_rank: {keep: 0.6}\n"
     (tmp_path / "short.yaml").write_text(text)
@@ -239,6 +242,8 @@ def test_a_model_that_is_fine_tuned_already_needs_no_fine_tuning(
     assert [row.name for row in report.rows] == ["original", "low_rank"]
     assert report.rows[0].metrics == whole.rows[0].metrics
     assert "license: mit\n" in (tmp_path / "out" / "README.md").read_text()
+    named = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").config
+    assert (named.id2label, named.label2id) == ({0: "negative", 1: "positive"}, {"negative": 0, "positive": 1})
 
 
 def test_a_model_without_a_head_must_be_fine_tuned_first(place: Path, tmp_path: Path) -> None:

@@ -29,12 +29,17 @@ def align_labels(task: Task, label2id: Mapping[str, int] | None) -> tuple[int, .
         return tuple(range(len(task.labels)))
     if sorted(label2id.values()) != list(range(len(task.labels))):
         raise _mismatch(task, label2id)
-    if all(_GENERIC.fullmatch(name) for name in label2id):
+    if are_generic(label2id):
         return tuple(range(len(task.labels)))
     by_name = {name.lower(): number for name, number in label2id.items()}
     if set(by_name) != {name.lower() for name in task.labels}:
         raise _mismatch(task, label2id)
     return tuple(by_name[name.lower()] for name in task.labels)
+
+
+def are_generic(label2id: Mapping[str, int]) -> bool:
+    """Tells whether a model was never told the names of its labels."""
+    return all(_GENERIC.fullmatch(name) for name in label2id)
 
 
 def _mismatch(task: Task, label2id: Mapping[str, int]) -> DataError:

@@ -33,8 +33,8 @@ SST-2, 20,000 texts and half as many). Nothing was chosen by these figures: vali
 Metrics are accuracy, of STS-B Pearson's correlation, in points. Intervals are 95%, by a paired bootstrap over seeds and
 examples at once. Speed-ups are those of the whole model, measured on the saved result in turn with the original:
 PyTorch, float32, 8 examples of 128 tokens, one thread. Minutes are those of the slowest seed's steps on one thread
-beside other work, measuring too (of a run that was cut off they may count the last part alone). The study is for five seeds
-on MRPC and STS-B and three on SST-2.
+beside other work, measuring too (of a run that was cut off they may count the last part alone). The study is for five
+seeds on MRPC and STS-B and three on SST-2.
 
 """
 _DRAWN = """
