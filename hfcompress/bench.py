@@ -7,7 +7,7 @@ import logging
 import shutil
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -168,7 +168,7 @@ class Bench:
     def _names_to_tell(self, config: PreTrainedConfig) -> dict[str, Any]:
         """Returns the names of the task's labels where the model was never told any, and is taken to use that order."""
         head = self.kind.head(self.task)
-        if not self.task.labels or not are_generic(config.label2id or {}):
+        if not self.task.labels or not are_generic(cast("dict[str, int]", config.label2id or {})):
             return {}
         return {name: head[name] for name in ("id2label", "label2id") if name in head}
 

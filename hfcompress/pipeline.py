@@ -16,6 +16,7 @@ from typing import Any, cast
 
 from hfcompress.bench import Bench
 from hfcompress.costing import Costing
+from hfcompress.errors import HFCompressError
 from hfcompress.evaluation.attacks import require_attacks, withstood
 from hfcompress.evaluation.comparison import Answers, compare
 from hfcompress.evaluation.curves import Training
@@ -25,9 +26,10 @@ from hfcompress.evaluation.report import Report, Row, describe_environment, rete
 from hfcompress.evaluation.seeds import over_seeds
 from hfcompress.material import Material, find_model
 from hfcompress.methods.training import require_trackers
+from hfcompress.publishing.hub import push, require_login
 from hfcompress.publishing.metadata import stated_license
 from hfcompress.recipe import Recipe
-from hfcompress.recipe.schema import is_local
+from hfcompress.recipe.schema import PushConfig, is_local
 from hfcompress.run_folder import Done, locked, publish, refuse_foreign, say_what_goes
 from hfcompress.tasks import Task, judged_by
 
@@ -57,6 +59,7 @@ def run(recipe: Recipe, output: Path, quiet: bool = False) -> Report:
 
     Raises:
         RunFolderError: Another run uses the folder, or it holds something that no run wrote.
+        HubError: The recipe says `push`, and there is no login, or the upload failed; then the result is there.
         HFCompressError: Model, data or a step is not right; steps that were done stay done.
     """
     output = Path(output)
@@ -67,6 +70,8 @@ def run(recipe: Recipe, output: Path, quiet: bool = False) -> Report:
         require_explainer(recipe.evaluation.explanations)
     if recipe.evaluation.attack is not None:
         require_attacks()
+    if recipe.push is not None:
+        require_login()
     work = output.with_name(f"{output.name}.work")
     with locked(work):
         material = Material(recipe, progress=not quiet)
@@ -74,10 +79,17 @@ def run(recipe: Recipe, output: Path, quiet: bool = False) -> Report:
         report, trials = _report(material, runs)
         publish(runs[0].done[-1].checkpoint, report, [each.answers for each in runs], output, **trials)
     if recipe.push is not None:
-        from hfcompress.publishing.hub import push
-
-        logger.info("pushed to %s", push(output, recipe.push.repo, **recipe.push.options()))
+        _push(output, recipe.push)
     return report
+
+
+def _push(output: Path, to: PushConfig) -> None:
+    """Uploads a result; where that fails, says that nothing of it is lost."""
+    try:
+        logger.info("pushed to %s", push(output, to.repo, **to.options()))
+    except HFCompressError:
+        logger.error("the result is whole in %s, but was not uploaded; `hfcompress push` does that alone", output)
+        raise
 
 
 def _run_seeds(material: Material, work: Path, quiet: bool) -> list[_Measured]:

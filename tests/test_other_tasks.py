@@ -98,6 +98,7 @@ def test_its_card_says_how_it_loads_and_it_does(finished: tuple[str, Path, Repor
     auto = KNOWN[kind].auto_class
     assert f"from transformers import {auto}" in card and f"pipeline_tag: {KNOWN[kind].pipeline_tag}" in card
     assert f" {KNOWN[kind].unit} of the validation split" in card
+    assert "hfcompress verify path/to/this/folder --data path/to/the/data" in card
     assert type(getattr(transformers, auto).from_pretrained(folder / "result")).__name__.endswith(
         CLASSES.get(kind, "".join(map(str.title, kind.split("_"))))
     )

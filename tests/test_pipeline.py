@@ -13,7 +13,7 @@ from filelock import FileLock
 from transformers import AutoModelForSequenceClassification
 
 from hfcompress import bench, pipeline
-from hfcompress.errors import DataError, RunFolderError
+from hfcompress.errors import DataError, HubError, RunFolderError
 from hfcompress.evaluation.answer_book import AnswerBook, seal
 from hfcompress.evaluation.report import Report
 from hfcompress.recipe import Recipe, load_recipe
@@ -310,3 +310,28 @@ def test_what_people_added_to_a_result_outlives_the_next_run(
         pipeline.run(load_recipe(tmp_path / "short.yaml", ()), out, quiet=True)
     assert (out / "README.md").read_text() == "my own words"
     assert (out / "model.safetensors").read_bytes() == before
+
+
+def test_a_push_without_a_login_is_refused_before_work(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN_PATH", str(tmp_path / "none"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "none"))
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    with pytest.raises(HubError, match="not logged in"):
+        pipeline.run(recipe(place, "push.repo=org/name"), tmp_path / "out", quiet=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_push_that_fails_says_where_the_result_is(
+    place: Path, finished: tuple[Path, Report], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    output, report = finished
+    monkeypatch.setenv("HF_TOKEN", "a token of nobody")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("hfcompress.publishing.hub.WAITS", ())
+    with pytest.raises(HubError):
+        pipeline.run(recipe(place, "push.repo=org/name"), output, quiet=True)
+    assert any(f"the result is whole in {output}" in record.getMessage() for record in caplog.records)
+    assert comparable(Report.from_json((output / "report.json").read_text())) == comparable(report)

@@ -56,13 +56,19 @@ def card_of_report(
         "## How to measure again\n\n"
         "This measures the checkpoint again, with the task, the split and the length of texts of `report.json`, and "
         "compares every figure of this card:\n\n"
-        + fenced("hfcompress verify path/to/this/folder", "bash")
+        + fenced(f"hfcompress verify path/to/this/folder{_own_data(report)}", "bash")
         + f"\n\n{figures.not_again(report)}",
         f"## Limits and risks\n\n{_LIMITS}\n{_seed_limit(report)}",
         _licensing(report, license),
     )
     body = "\n\n".join(sections)
     return f"---\n{header(report, license)}\n---\n\n{_CARD_MARK}\n\n{body}\n"
+
+
+def _own_data(report: Report) -> str:
+    """Returns the option that a measurement needs where the rows are on no Hub."""
+    local = is_local(task_of(report.task, report.recipe).dataset)
+    return " --data path/to/the/data" if local else ""
 
 
 def _shown(picture: str, told: str, there: Collection[str]) -> str:

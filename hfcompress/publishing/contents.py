@@ -186,10 +186,9 @@ def _refuse_outsider(name: str, path: Path, directory: Path) -> None:
 
 
 def _check_whole(directory: Path, paths: dict[str, Path]) -> None:
-    for name in ("config.json", "README.md"):
+    for name in ("config.json", CARD):
         if name not in paths:
-            way = "write one with `hfcompress card`" if name == "README.md" else "give a checkpoint folder"
-            raise CheckpointError(f"{directory} has no {name}", hint=way)
+            raise CheckpointError(f"{directory} has no {name}", hint=_way_to(name, measured="report.json" in paths))
     if not any(WEIGHTS.fullmatch(name) and name.endswith(".safetensors") for name in paths):
         raise CheckpointError(
             f"{directory} has no model.safetensors (nor model-00001-of-....safetensors)",
@@ -204,9 +203,17 @@ def _check_whole(directory: Path, paths: dict[str, Path]) -> None:
             if shard not in paths:
                 raise CheckpointError(f"{index.name} names {shard!r}, which is not in {directory}")
     try:
-        paths["README.md"].read_text(encoding="utf-8")
+        paths[CARD].read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise CheckpointError(f"{paths['README.md']} is not UTF-8") from error
+        raise CheckpointError(f"{paths[CARD]} is not UTF-8") from error
+
+
+def _way_to(name: str, *, measured: bool) -> str:
+    if name != CARD:
+        return "give a checkpoint folder"
+    if measured:
+        return "write one with `hfcompress card`"
+    return "write one; `hfcompress card` does from the measurements of `hfcompress run` only, and there are none here"
 
 
 def _parse(path: Path) -> dict[str, object]:

@@ -58,10 +58,9 @@ def push(
     """
     _check_arguments(repo_id, revision, create_pr, tag, commit_message)
     contents = collect(Path(directory))
-    from huggingface_hub import HfApi, get_token
+    require_login()
+    from huggingface_hub import HfApi
 
-    if get_token() is None:
-        raise HubError("you are not logged in to the Hub", hint="log in with `hf auth login`")
     upload = Upload(
         api=HfApi(),
         repo_id=repo_id,
@@ -72,6 +71,18 @@ def push(
         message=commit_message or "Upload a model compressed with hfcompress",
     )
     return upload.send(contents)
+
+
+def require_login() -> None:
+    """Refuses to go on without a login that can be tried.
+
+    Raises:
+        HubError: There is no token.
+    """
+    from huggingface_hub import get_token
+
+    if get_token() is None:
+        raise HubError("you are not logged in to the Hub", hint="log in with `hf auth login`")
 
 
 @dataclass(frozen=True, kw_only=True)

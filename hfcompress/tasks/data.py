@@ -22,7 +22,10 @@ _SPLITS = (
     *(f"{split}{genre}" for split in ("validation", "test") for genre in ("", "_matched", "_mismatched")),
 )
 _SHARD = re.compile(r"(?P<split>.+?)(?:-(?P<index>\d{5})-of-(?P<count>\d{5}))?")
-_LOCAL_HINT = "Give `data:` a local folder laid out like {like}; it should hold {files}."
+_LOCAL_HINT = (
+    "Give {which} by `data:` in a recipe, or by --data on the command line; it should hold {files} "
+    "(or the same as .jsonl or .txt)."
+)
 
 
 def load_data(task: Task, data: str | None = None, *, progress: bool = True) -> DatasetDict:
@@ -70,7 +73,12 @@ def _local_hint(task: Task) -> str:
     place = f"{task.dataset_config}/" if task.dataset_config else ""
     splits = (split for split in (task.training_split, task.evaluation_split) if split)
     files = " and ".join(f"{place}{split}.parquet" for split in splits)
-    return _LOCAL_HINT.format(like=task.dataset, files=files)
+    which = "that folder" if _is_local(task) else f"a local folder laid out like {task.dataset}"
+    return _LOCAL_HINT.format(which=which, files=files)
+
+
+def _is_local(task: Task) -> bool:
+    return task.dataset.startswith("./")
 
 
 def _read_hub(task: Task) -> dict[str, Dataset]:
@@ -78,7 +86,7 @@ def _read_hub(task: Task) -> dict[str, Dataset]:
     from datasets.exceptions import DatasetsError
     from huggingface_hub.errors import HfHubHTTPError
 
-    if task.dataset.startswith("./"):
+    if _is_local(task):
         raise DataError(f"the data of task '{task.name}' are a local folder ({task.dataset})", hint=_local_hint(task))
     try:
         splits = datasets.load_dataset(task.dataset, task.dataset_config)
@@ -99,7 +107,7 @@ def _read_folder(task: Task, folder: Path) -> dict[str, Dataset]:
         raise DataError(f"the folder {place} does not exist", hint=hint)
     files = _split_files(place, task)
     if not files:
-        raise DataError(f"the folder {place} holds no .parquet file", hint=hint)
+        raise DataError(f"the folder {place} holds no file of rows", hint=hint)
     return {split: _read_files(paths) for split, paths in files.items()}
 
 

@@ -200,6 +200,15 @@ def test_words_are_no_secrets(tmp_path: Path, text: str, chunk: int) -> None:
     assert read("words.txt", path, chunk=chunk).size > 400
 
 
+def test_a_folder_without_a_card_says_how_to_come_by_one(checkpoint: Path) -> None:
+    (checkpoint / "README.md").unlink()
+    with pytest.raises(CheckpointError, match="from the measurements of `hfcompress run` only"):
+        collect(checkpoint)
+    (checkpoint / "report.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="write one with `hfcompress card`"):
+        collect(checkpoint)
+
+
 def test_this_repository_holds_none() -> None:
     here = Path(__file__).parents[2]
     folders = ("hfcompress", "tests", "recipes", "scripts", "model_cards")

@@ -159,11 +159,12 @@ def test_a_folder_that_is_not_there_says_what_it_should_hold(tmp_path: Path) -> 
     message = refusal(tmp_path / "nowhere")
     assert "nowhere/sst2 does not exist" in message
     assert "sst2/train.parquet and sst2/validation.parquet" in message
+    assert "--data on the command line" in message and ".jsonl" in message
 
 
 def test_a_folder_without_files_is_refused(tmp_path: Path) -> None:
     (tmp_path / "sst2").mkdir()
-    assert "holds no .parquet file" in refusal(tmp_path)
+    assert "holds no file of rows" in refusal(tmp_path)
 
 
 def test_a_damaged_file_is_refused(write_split: Write) -> None:
@@ -186,7 +187,7 @@ def test_without_the_hub_a_local_folder_is_asked_for() -> None:
     offline = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": "/nonexistent"}
     result = subprocess.run([sys.executable, "-c", code], env=offline, capture_output=True, text=True, check=True)
     assert "nyu-mll/glue (rte) could not be loaded from the Hub" in result.stdout
-    assert "Give `data:` a local folder" in result.stdout
+    assert "Give a local folder" in result.stdout
 
 
 @pytest.mark.skipif(not GLUE.is_dir(), reason="no GLUE folder: set HFCOMPRESS_GLUE to one")
