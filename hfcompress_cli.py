@@ -5,6 +5,7 @@ This module stands beside the package, not in it: importing anything of the pack
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Callable
@@ -240,12 +241,12 @@ def main() -> None:
     try:
         app()
     except KeyboardInterrupt:
-        raise SystemExit(_interrupted()) from None
+        raise SystemExit(_interrupted(resumes=False)) from None
 
 
 def _call(name: str, debug: bool, **values: Any) -> None:
     """Runs a command's body and turns what it raises into a message and an exit code."""
-    code = _guarded(lambda: getattr(_commands(), name)(**values), debug)
+    code = _guarded(lambda: getattr(_commands(), name)(**values), debug, resumes=name == "run")
     if code != DONE:
         raise typer.Exit(code)
 
@@ -256,12 +257,12 @@ def _commands() -> Any:
     return commands
 
 
-def _guarded(body: Callable[[], bool | None], debug: bool) -> int:
+def _guarded(body: Callable[[], bool | None], debug: bool, *, resumes: bool) -> int:
     try:
         done = body()
         sys.stdout.flush()
     except KeyboardInterrupt:
-        return _interrupted()
+        return _interrupted(resumes=resumes)
     except BrokenPipeError:
         # The reader (`| head`) has seen enough; Python would complain again when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -278,6 +279,9 @@ def _explain(error: Exception, debug: bool) -> int:
         traceback.print_exception(error)
     # The class lives in the package, whose import may be what failed: it is known by its attributes.
     user_error = getattr(error, "user_error", None)
+    if user_error is None and _is_of_a_full_disk(error):
+        print("error: the disk is full; what was whole before is untouched. Free some space", file=sys.stderr)
+        return FAILED
     if user_error is None:
         said = str(error) or "no message"
         advice = "" if debug else "\nThis was not foreseen. Run it again with --debug for the traceback."
@@ -287,8 +291,18 @@ def _explain(error: Exception, debug: bool) -> int:
     return USER_ERROR if user_error else FAILED
 
 
-def _interrupted() -> int:
-    print("\ninterrupted; finished steps are kept, the same command goes on from there", file=sys.stderr)
+def _is_of_a_full_disk(error: BaseException | None) -> bool:
+    """Tells whether a write found no room; safetensors says so in words only."""
+    while error is not None:
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _interrupted(*, resumes: bool) -> int:
+    kept = "; finished steps are kept, the same command goes on from there" if resumes else ""
+    print(f"\ninterrupted{kept}", file=sys.stderr)
     return INTERRUPTED
 
 

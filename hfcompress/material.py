@@ -228,7 +228,7 @@ def find_model(name: str, *, progress: bool) -> Path:
     """Returns the folder of a recipe's model, fetched where it is not here.
 
     Raises:
-        DataError: A local folder holds no checkpoint.
+        DataError: A local folder holds no checkpoint, or the Hub has or gives none.
         CheckpointError: What was fetched is not what hfcompress saved.
     """
     if is_demo_model(name):
@@ -238,12 +238,23 @@ def find_model(name: str, *, progress: bool) -> Path:
         if not (folder / "config.json").is_file():
             raise DataError(f"model: {name} is not a checkpoint folder: it has no config.json")
         return folder
-    from huggingface_hub import snapshot_download
-
-    wanted = ["*.json", "*.safetensors", "*.txt", "*.model", "README.md"]  # the last states the licence
-    folder = Path(snapshot_download(name, allow_patterns=wanted))
+    folder = _from_hub(name)
     require_undamaged(folder)
     return folder
+
+
+def _from_hub(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    wanted = ["*.json", "*.safetensors", "*.txt", "*.model", "README.md"]  # the last states the licence
+    try:
+        return Path(snapshot_download(name, allow_patterns=wanted))
+    except (OSError, HfHubHTTPError) as error:
+        raise DataError(
+            f"model: {name} could not be had from the Hub: {' '.join(str(error).split())}",
+            hint=f"For the folder of this name write ./{name}." if Path(name).is_dir() else "",
+        ) from error
 
 
 def _refuse_smoothing(steps: Sequence[Step], kind: str) -> None:

@@ -94,11 +94,16 @@ def locked(work: Path) -> Iterator[None]:
     """Holds a run's working folder for one run.
 
     Raises:
-        RunFolderError: Another run holds it.
+        RunFolderError: Another run holds it, or it cannot be made.
     """
     from filelock import FileLock, Timeout
 
-    work.mkdir(parents=True, exist_ok=True)
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunFolderError(
+            f"{work} cannot be made: {error.strerror}", hint="Choose another folder with --output."
+        ) from None
     try:
         with FileLock(work / ".lock", timeout=0):
             yield

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -134,7 +135,8 @@ hfcompress_cli._commands = lambda: Faked
         (HubError("the Hub says no"), 1, "error: the Hub says no\n"),
         (ZeroDivisionError("by zero"), 1, "error: ZeroDivisionError: by zero\nThis was not foreseen."),
         (ImportError("no torch"), 1, "error: ImportError: no torch\n"),
-        (KeyboardInterrupt(), 130, "\ninterrupted"),
+        (OSError(errno.ENOSPC, "No space left on device", "x"), 1, "error: the disk is full"),
+        (KeyboardInterrupt(), 130, "\ninterrupted\n"),
     ],
     ids=lambda value: type(value).__name__,
 )
@@ -146,6 +148,14 @@ def test_exit_codes(error: BaseException, code: int, said: str, monkeypatch: pyt
     done = invoke("methods")
     assert done.exit_code == code
     assert done.stderr.startswith(said) and "Traceback" not in done.stderr
+
+
+def test_an_interrupted_run_says_that_it_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(**_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(commands, "run", fail)
+    assert "finished steps are kept" in invoke("run", "recipe.yaml").stderr
 
 
 def test_an_interrupt_from_outside_is_130() -> None:

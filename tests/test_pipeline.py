@@ -218,6 +218,22 @@ def test_two_runs_do_not_share_a_folder(place: Path, tmp_path: Path) -> None:
         pipeline.run(recipe(place), tmp_path / "out", quiet=True)
 
 
+def test_a_place_under_a_file_is_refused(place: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(RunFolderError, match="cannot be made"):
+        pipeline.run(recipe(place), tmp_path / "file" / "out", quiet=True)
+
+
+def test_a_folder_that_is_named_like_a_model_of_the_hub(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    shutil.copytree(place / "model", tmp_path / "mine")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match=r"model: mine could not be had from the Hub[\s\S]*write \./mine"):
+        pipeline.run(recipe(place, "model=mine"), tmp_path / "out", quiet=True)
+
+
 def test_a_folder_of_somebody_else_is_left_alone(place: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").write_text("mine")

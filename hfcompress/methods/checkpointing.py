@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 from transformers import Trainer
@@ -94,7 +94,11 @@ class CheckpointingTrainer(Trainer):
         return os.path.join(folder, ".partial") if self._staging else folder
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Writes a checkpoint aside and moves it to its place with one rename."""
+        """Writes a checkpoint aside and moves it to its place with one rename.
+
+        Raises:
+            CheckpointError: It could not be written; those before it are untouched.
+        """
         self._require_finite_weights()
         folder = Path(self._get_output_dir(trial))
         name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
@@ -102,6 +106,15 @@ class CheckpointingTrainer(Trainer):
         self._staging = True
         try:
             super()._save_checkpoint(model, trial)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            # torch's own archive writer says so of any write that failed, and gives no reason.
+            if isinstance(error, RuntimeError) and "inline_container" not in str(error):
+                raise
+            shutil.rmtree(staged, ignore_errors=True)
+            raise CheckpointError(
+                f"{final} could not be written: {str(error).splitlines()[0]}",
+                hint="The training checkpoints before it are kept. Free some space, and resume.",
+            ) from error
         finally:
             self._staging = False
         best = folder / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"

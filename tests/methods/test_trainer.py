@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +125,28 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path, file: str) -> None:
     with pytest.raises(CheckpointError, match=file):
         make(tmp_path / "run").train(resume_from_checkpoint=str(newest))
     resumed = make(tmp_path / "run")
+    resumed.train(resume_from_checkpoint=True)
+    assert same(weights(whole), weights(resumed))
+
+
+@pytest.mark.parametrize("limit", [60_000, 400_000])
+def test_a_checkpoint_that_finds_no_room_leaves_those_before_it(tmp_path: Path, limit: int) -> None:
+    whole = make(tmp_path / "whole")
+    whole.train()
+
+    class Fill(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 5:  # after the first checkpoint
+                resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        with pytest.raises(CheckpointError, match="checkpoint-8 could not be written"):
+            make(tmp_path / "cut", callbacks=[Fill()]).train()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert sorted(path.name for path in (tmp_path / "cut").glob("checkpoint-*")) == ["checkpoint-4"]
+    resumed = make(tmp_path / "cut")
     resumed.train(resume_from_checkpoint=True)
     assert same(weights(whole), weights(resumed))
 
