@@ -158,7 +158,10 @@ def workload(model: PreTrainedModel, batch: int, tokens: int, calibration: Seque
             inputs["decoder_input_ids"] = ids
     elif calibration:
         rows = [index % len(calibration[0][name]) for index in range(batch)]
-        inputs = {key: value[rows] for key, value in calibration[0].items() if key != "labels"}
+        first = calibration[0]
+        # A decoder that is given no tokens takes those that come before the labels.
+        decodes = model.config.is_encoder_decoder and not {"decoder_input_ids", "decoder_inputs_embeds"} & set(first)
+        inputs = {key: value[rows] for key, value in first.items() if decodes or key != "labels"}
     else:
         raise CompressionError(
             f"the time of a model that reads {name} is measured with calibration data; there is none",

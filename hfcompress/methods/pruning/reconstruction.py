@@ -144,8 +144,17 @@ _Calls = dict[str, list[_Call]]
 _NOTHING = torch.empty(0)
 
 
-def _record(model: PreTrainedModel, plan: _Plan) -> _Calls | None:
-    """Notes how every layer is called; of the hidden states only what starts a stack, and all of one batch."""
+def _record(
+    model: PreTrainedModel, plan: _Plan, after: str | None = None, given: Sequence[torch.Tensor] = ()
+) -> _Calls | None:
+    """Notes how every layer is called; of the hidden states only what starts a stack, and all of one batch.
+
+    Args:
+        model: The model.
+        plan: What is removed from it.
+        after: A layer that gives `given` instead, batch by batch: a decoder is called with what its encoder gave.
+        given: Hidden states.
+    """
     calls: _Calls = {layer: [] for layer in plan.layers}
     starts = {layer for before, layer in zip([None, *calls], calls, strict=False) if _stack(before) != _stack(layer)}
     plain = True
@@ -161,8 +170,14 @@ def _record(model: PreTrainedModel, plan: _Plan) -> _Calls | None:
 
         return hook
 
-    base = base_model(model)
+    base, instead = base_model(model), iter(given)
+
+    def exchange(module: nn.Module, arguments: Any, output: Any) -> Any:
+        return next(instead) if isinstance(output, torch.Tensor) else (next(instead), *output[1:])
+
     with ExitStack() as stack:
+        if after is not None:
+            stack.callback(base.get_submodule(after).register_forward_hook(exchange).remove)
         for layer in calls:
             stack.callback(base.get_submodule(layer).register_forward_pre_hook(watch(layer), with_kwargs=True).remove)
         for _ in run_batches(model, plan.batches, description="calibration"):
@@ -216,9 +231,13 @@ def _by_layers(model: PreTrainedModel, plan: _Plan, calls: _Calls) -> dict[int, 
     original: list[torch.Tensor] = []
     pruned: list[torch.Tensor] = []
     previous: str | None = None
+    called = calls
     blocks = [*attention_blocks(model), *feed_forward_blocks(model)]
     for layer, positions in tqdm(plan.layers.items(), desc="reconstructing", leave=False):
         if _stack(layer) != _stack(previous):
+            # What is left of a decoder will read what is left of its encoder.
+            if previous is not None and model.config.is_encoder_decoder:
+                called = cast(_Calls, _record(model, plan, previous, pruned))
             original = [call.hidden for call in calls[layer]]
             calls[layer] = [replace(call, hidden=_NOTHING) for call in calls[layer]]
             pruned = list(original)
@@ -234,7 +253,7 @@ def _by_layers(model: PreTrainedModel, plan: _Plan, calls: _Calls) -> dict[int, 
                 continue
             weight, _ = own.weight_and_gradient()
             moments = Moments(weight.shape[1], weight.shape[0], weight.device)
-            for index, (call, hidden) in enumerate(zip(calls[layer], pruned, strict=True)):
+            for index, (call, hidden) in enumerate(zip(called[layer], pruned, strict=True)):
                 with watch.watching():
                     inputs = _run_until(own.entry, made, call, hidden)
                 stream = watch.before(own.block.spec.output, norms[position], hidden)
@@ -242,7 +261,7 @@ def _by_layers(model: PreTrainedModel, plan: _Plan, calls: _Calls) -> dict[int, 
             fits[position] = _fit(own, moments, weight)
             own.assign(fits[position].weight, fits[position].bias)
         del wanted
-        for index, call in enumerate(calls[layer]):
+        for index, call in enumerate(called[layer]):
             pruned[index] = call.run(made, pruned[index])
     return fits
 

@@ -122,6 +122,13 @@ def test_a_decoder_and_its_encoder_are_timed() -> None:
     assert len(latency_target(model, 0.01, 8, workload(model, 1, 8, ())).table.blocks) == blocks
 
 
+def test_a_decoder_of_speech_is_timed_with_its_labels() -> None:
+    model, batch = make("whisper"), dict(inputs_for("whisper"))
+    batch["labels"] = batch.pop("decoder_input_ids")
+    blocks = len(head_units(model)) + len(neuron_units(model))
+    assert len(latency_target(model, 0.01, 1, workload(model, 1, 8, [batch])).table.blocks) == blocks
+
+
 def test_what_reads_no_text_is_timed_with_its_own_data() -> None:
     model = make("vit")
     with pytest.raises(CompressionError, match="reads pixel_values is measured with calibration data"):

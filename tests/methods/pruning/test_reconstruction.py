@@ -7,6 +7,7 @@ from hfcompress import LayerDroppingConfig, LowRankConfig, compress
 from hfcompress.methods.pruning.reconstruction import reconstruct
 from hfcompress.methods.pruning.refitting import Moments, refit
 from hfcompress.methods.pruning.units import head_units, neuron_units
+from hfcompress.modeling.anatomy import base_model
 from tests.tiny_models import FAMILIES, inputs_for, make, run
 from tests.workshop import batches, tiny_classifier
 
@@ -72,6 +73,35 @@ def test_every_family_is_mended(family: str) -> None:
         assert made is None or made.mode == ("blocks" if family == "albert" else "layers")
         errors.append(error(model, whole, inputs))
     assert errors[1] < errors[0]
+
+
+@pytest.mark.parametrize(("family", "place"), [("bart", "final_layer_norm"), ("whisper", "")])
+def test_a_decoder_is_mended_for_what_is_left_of_its_encoder(family: str, place: str) -> None:
+    """A fitted bias leaves no mean error, of what the shrunk model computes with its own encoder's states."""
+    inputs = inputs_for(family)
+    model, original = make(family), make(family)
+    units = head_units(model) + neuron_units(model)
+    kept = [torch.arange(1, each.count, 2) for each in units]
+    made = reconstruct(model, units, kept, [inputs])
+    for position, (each, index) in enumerate(zip(units, kept, strict=True)):
+        each.shrink(index)
+        each.assign(made.fits[position].weight, made.fits[position].bias)
+    last = f"{neuron_units(model)[-1].block.layer}.{place}".rstrip(".")
+    off = ends_of(model, last, inputs) - ends_of(original, last, inputs)
+    assert off.mean(0).abs().max() < 1e-5 < off.std(0).max()
+
+
+def ends_of(model: torch.nn.Module, path: str, inputs: dict) -> torch.Tensor:
+    """Returns the hidden states that a norm is given, or that a layer gives: `(positions, width)`."""
+    seen: list[torch.Tensor] = []
+    module = base_model(model).get_submodule(path)
+    if path.endswith("norm"):
+        module.register_forward_pre_hook(lambda module, given: seen.append(given[0]))
+    else:
+        module.register_forward_hook(lambda module, given, output: seen.append(output))
+    run(model, inputs)
+    states = seen[0] if isinstance(seen[0], torch.Tensor) else seen[0][0]
+    return states.flatten(0, -2)
 
 
 def test_padding_does_not_count() -> None:
