@@ -111,8 +111,9 @@ class CheckpointingTrainer(Trainer):
             if isinstance(error, RuntimeError) and "inline_container" not in str(error):
                 raise
             shutil.rmtree(staged, ignore_errors=True)
+            said = str(error).partition("\n")[0]
             raise CheckpointError(
-                f"{final} could not be written: {str(error).splitlines()[0]}",
+                f"{final} could not be written: {said}",
                 hint="The training checkpoints before it are kept. Free some space, and resume.",
             ) from error
         finally:
