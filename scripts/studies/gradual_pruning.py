@@ -4,6 +4,9 @@
     python -m scripts.studies.gradual_pruning choose                          # how prune-95 ends, on a part of train
     python -m scripts.studies.gradual_pruning_page                            # docs/gradual_pruning.md and its picture
 
+What a run measured, and what it answered, is kept in `scripts/studies/results/gradual`, without the right answers: a
+study of 17 hours of a thread is gathered on more than one machine, and what one has done is not done again on the next.
+
 Runs `recipes/prune-60.yaml` and `recipes/prune-95.yaml` from the teachers of `scripts.studies.material` in place of
 their first step, so that all seeds start from one model. Half an hour of a thread for each on MRPC; runs that are there
 are not done again, and one that was cut off goes on.
@@ -15,6 +18,7 @@ recipe says, and compares there what a last step without pruning gains. An hour 
 from __future__ import annotations
 
 import argparse
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -39,6 +43,7 @@ from scripts.studies.material import (
 )
 
 RECIPES = ("prune-60", "prune-95")
+KEPT = ROOT / "scripts" / "studies" / "results" / "gradual"
 # Last steps that are compared, by their name: passes and learning rate, falling to nothing.
 CHOICES = "gradual_choices.jsonl"
 CHOICES_TASK = "stsb"
@@ -48,6 +53,32 @@ ENDINGS = {"2 passes, 5e-5": (2, "5e-5"), "2 passes, 1e-4": (2, "1e-4"), "6 pass
 def folder_of(recipe: str, task: str, seed: int, max_steps: int | None) -> Path:
     """Returns where a run's result lies; one that was stopped early lies elsewhere."""
     return study_root() / ("gradual-stopped" if max_steps else "gradual") / f"{recipe}-{task}-{seed}"
+
+
+def kept_file(recipe: str, task: str, seed: int) -> Path:
+    """Returns where what a run measured is kept in the project."""
+    return KEPT / f"{recipe}-{task}-{seed}.json"
+
+
+def keep(recipe: str, task: str, seed: int) -> None:
+    """Keeps a run's figures and the answers of its first and last model."""
+    out = folder_of(recipe, task, seed, None)
+    report = Report.from_json((out / "report.json").read_text())
+    answers = json.loads((out / "predictions.json").read_text())["rows"]
+    rows = [
+        {
+            "metric": row.metrics[report.metric],
+            "parameters": row.parameters,
+            "seconds": round(row.seconds, 1),
+            "faster": row.speed.ratio if row.speed else None,
+            "flops_removed": row.findings.get("structured_pruning", {}).get("flops_removed", 0.0),
+        }
+        for row in report.rows
+    ]
+    first, last = ([round(answer, 4) for answer in answers[place]["predictions"]] for place in (0, -1))
+    kept = {"cpu": report.environment["cpu"], "metric": report.metric, "rows": rows, "first": first, "last": last}
+    KEPT.mkdir(parents=True, exist_ok=True)
+    kept_file(recipe, task, seed).write_text(json.dumps(kept) + "\n")
 
 
 def for_task(recipe: str, task: str) -> dict[str, Any]:
@@ -88,12 +119,15 @@ def run(asked: argparse.Namespace) -> None:
         for task in asked.tasks:
             for recipe in asked.recipes:
                 out = folder_of(recipe, task, seed, asked.max_steps)
-                if (out / "report.json").exists():
+                if not asked.max_steps and kept_file(recipe, task, seed).exists():
                     continue
-                for other in RECIPES:
-                    for step in ("0-original", "1-halve"):
-                        share_step(step, folder_of(other, task, seed, asked.max_steps), out)
-                run_recipe(from_teacher(recipe, task, seed, asked.max_steps), out)
+                if not (out / "report.json").exists():
+                    for other in RECIPES:
+                        for step in ("0-original", "1-halve"):
+                            share_step(step, folder_of(other, task, seed, asked.max_steps), out)
+                    run_recipe(from_teacher(recipe, task, seed, asked.max_steps), out)
+                if not asked.max_steps:
+                    keep(recipe, task, seed)
 
 
 def choose(asked: argparse.Namespace) -> None:
