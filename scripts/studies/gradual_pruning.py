@@ -36,7 +36,6 @@ from scripts.studies.material import (
     add_row,
     glue_folder,
     read_rows,
-    results_file,
     share_step,
     study_root,
     teacher_folder,
@@ -45,7 +44,7 @@ from scripts.studies.material import (
 RECIPES = ("prune-60", "prune-95")
 KEPT = ROOT / "scripts" / "studies" / "results" / "gradual"
 # Last steps that are compared, by their name: passes and learning rate, falling to nothing.
-CHOICES = "gradual_choices.jsonl"
+CHOICES = KEPT.with_name("gradual_choices.jsonl")
 CHOICES_TASK = "stsb"
 ENDINGS = {"2 passes, 5e-5": (2, "5e-5"), "2 passes, 1e-4": (2, "1e-4"), "6 passes, 1e-4": (6, "1e-4")}
 
@@ -132,8 +131,8 @@ def run(asked: argparse.Namespace) -> None:
 
 def choose(asked: argparse.Namespace) -> None:
     """Compares last steps for prune-95 on a part of train."""
-    folder, name = study_root() / "gradual-choices", results_file(CHOICES)
-    done = {row["ending"] for row in read_rows(name)}
+    folder = study_root() / "gradual-choices"
+    done = {row["ending"] for row in read_rows(CHOICES)}
     pruned: dict[str, Any] = for_task("prune-95", CHOICES_TASK) | {"data": str(glue_folder("choices"))}
     pruned["steps"] = [step for step in pruned["steps"] if step["name"] != "recover"]
     pruned["steps"][0]["training"]["epochs"] = EPOCHS[CHOICES_TASK]
@@ -156,7 +155,7 @@ def choose(asked: argparse.Namespace) -> None:
             run_recipe(recipe | {"evaluation": {"grid_batch_sizes": []}}, out)
         report = Report.from_json((out / "report.json").read_text())
         metric = report.rows[-1].metrics[report.metric]
-        add_row(name, {"ending": ending, report.metric: metric, "minutes": report.rows[-1].seconds / 60})
+        add_row(CHOICES, {"ending": ending, report.metric: metric, "minutes": report.rows[-1].seconds / 60})
 
 
 def main() -> None:

@@ -1,28 +1,34 @@
-"""The page of `scripts.studies.gradual_pruning`: a table and a picture, from the runs' own reports.
+"""The page of `scripts.studies.gradual_pruning`: tables and a picture, from what is kept of its runs.
 
-python -m scripts.studies.gradual_pruning_page
+    python -m scripts.studies.gradual_pruning_page
+
+Needs the right answers of `scripts.studies.material`. Of the first machine's runs only the figures of
+`results/gradual_earlier.jsonl` are left, their answers are not: those figures stand as they were.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from statistics import mean, median
+from typing import Any
 
 import numpy as np
+from pyarrow import parquet
 
-from hfcompress.evaluation.report import Report, Row
+from hfcompress.evaluation.metrics import score
 from hfcompress.evaluation.resampling import drawn_changes, drawn_means, interval
-from scripts.studies.gradual_pruning import CHOICES, CHOICES_TASK, ENDINGS, RECIPES, folder_of, for_task
-from scripts.studies.material import ROOT, TASKS, read_rows, results_file, table
+from scripts.studies.gradual_pruning import CHOICES, CHOICES_TASK, ENDINGS, KEPT, RECIPES, for_task
+from scripts.studies.gradual_pruning_picture import Point, draw
+from scripts.studies.material import ROOT, TASKS, glue_folder, read_rows, table
 
 PAGE = ROOT / "docs" / "gradual_pruning.md"
 PICTURE = PAGE.with_suffix(".png")
-SEEDS = range(1, 100)
-# What is drawn: the model halved at once, and those of the recipes; the one after 80% has not been trained on.
-POINTS = (("prune-60", 1), ("prune-60", -1), ("prune-95", 2), ("prune-95", -1))
+EARLIER = KEPT.with_name("gradual_earlier.jsonl")
+# What is drawn of a run's rows; the one after 80% has not been trained on.
+STEPS = {"prune-60": (1, 2), "prune-95": (2, 4)}
 
 _INTRODUCTION = """# 60% and 95% of the encoder's FLOPs, with training
 
@@ -30,16 +36,31 @@ Made by `scripts/studies/gradual_pruning.py`: fine-tuned MPNet-base (109.5M para
 `recipes/prune-60.yaml` and `recipes/prune-95.yaml`. Half of the multiply-adds of its layers go at once, the rest
 gradually, while the fine-tuned model teaches what is left, on the training texts and as many made out of them (of
 SST-2, 20,000 texts and half as many). Nothing was chosen by these figures: validation was read once with every seed.
-Metrics are accuracy, of STS-B Pearson's correlation, in points. Intervals are 95%, by a paired bootstrap over seeds and
-examples at once. Speed-ups are those of the whole model, measured on the saved result in turn with the original:
-PyTorch, float32, 8 examples of 128 tokens, one thread. Minutes are those of the slowest seed's steps on one thread
-beside other work, measuring too (of a run that was cut off they may count the last part alone). The study is for five
-seeds on MRPC and STS-B and three on SST-2.
+Metrics are accuracy, of STS-B Pearson's correlation, in points. Speed-ups are those of the whole model, measured on the
+saved result in turn with the original: PyTorch, float32, 8 examples of 128 tokens, one thread.
+
+The seeds were run on two machines, each with a fine-tuned model of its own for a task, from which its seeds begin.
+Changes are against that model, and weigh every seed alike. Speed-ups stand apart: the same layers are faster by
+different factors on the two.
+
+"""
+_APART = """
+Intervals are 95%, by a paired bootstrap over seeds and examples at once. The answers behind the first machine's are not
+kept any more, so where both have seeds, the ends of the two intervals are averaged, as if both always erred together,
+which is wider than it need be. The tasks of a mean erred each for itself.
+
+## Each machine for itself
+
+"""
+_MINUTES = """
+A single seed has no spread over seeds in its interval. Minutes are those of the slowest seed's steps on one thread
+beside other work, measuring too (of a run that was cut off they may count the last part alone).
 
 """
 _DRAWN = """
-The point at 80% is a step on the way to 95% and had a fifth of a pass to recover in, that at 60% nearly two and that at
-95% more than six.
+A dot is a seed, a filled point the mean of one machine's, a hollow one the mean of the machine of which no more than
+that is kept. The point at 80% is a step on the way to 95% and had a fifth of a pass to recover in, that at 60% nearly
+two and that at 95% more than six.
 """
 _CHOSEN = """
 ## How prune-95 ends
@@ -50,122 +71,187 @@ teacher of these runs has not seen either ({teacher:.2f} there); one seed. The r
 """
 
 
-class Runs:
-    """The runs of a recipe on a task that have ended.
+@dataclass(frozen=True)
+class Change:
+    """A change in points, with the ends of its 95% interval."""
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.value:+.2f} [{self.low:+.2f}, {self.high:+.2f}]"
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one machine measured of a recipe on a task.
 
     Args:
         recipe: Its name.
         task: Its name.
+        cpu: The machine.
+        seeds: How many.
+        before: The metric of the model they begin from, in points.
+        after: The mean metric, in points.
+        change: The mean change.
+        left: The mean share of the encoder's multiply-adds that is left.
+        parameters: Mean, in millions.
+        faster: The median speed-up.
+        minutes: Of the slowest seed.
     """
 
-    def __init__(self, recipe: str, task: str) -> None:
-        self.recipe, self.task = recipe, task
-        self.folders = [
-            out for seed in SEEDS if ((out := folder_of(recipe, task, seed, None)) / "report.json").exists()
-        ]
-        self.reports = [Report.from_json((folder / "report.json").read_text()) for folder in self.folders]
-
-    def __len__(self) -> int:
-        return len(self.reports)
-
-    @property
-    def metric(self) -> str:
-        """The task's metric."""
-        return self.reports[0].metric
-
-    def figures(self, place: int) -> list[float]:
-        """Returns the metric of a row of each report, in points."""
-        return [100 * report.rows[place].metrics[report.metric] for report in self.reports]
-
-    def speeds(self, place: int = -1) -> list[float]:
-        """Returns how many times faster than the original a row of each report is."""
-        return [speed.ratio for report in self.reports if (speed := report.rows[place].speed)]
-
-    def left(self, place: int = -1) -> float:
-        """Returns the share of the encoder's multiply-adds that is left in a row."""
-        rows = [report.rows[: len(report.rows) + place + 1 if place < 0 else place + 1] for report in self.reports]
-        return mean(math.prod(1 - removed(row) for row in each) for each in rows)
-
-    def gained(self) -> np.ndarray:
-        """Returns the mean change against the original in points: as measured, then of each draw."""
-        pairs, references = [], []
-        for folder in self.folders:
-            kept = json.loads((folder / "predictions.json").read_text())
-            references = kept["references"]
-            pairs.append((kept["rows"][0]["predictions"], kept["rows"][-1]["predictions"]))
-        changes = drawn_changes(self.metric, references, pairs, seed=TASKS.index(self.task))
-        measured = mean(b - a for a, b in zip(self.figures(0), self.figures(-1), strict=True))
-        return np.concatenate([[measured], 100 * drawn_means(changes, seed=10 + TASKS.index(self.task))])
+    recipe: str
+    task: str
+    cpu: str
+    seeds: int
+    before: float
+    after: float
+    change: Change
+    left: float
+    parameters: float
+    faster: float
+    minutes: float
 
 
-def removed(row: Row) -> float:
-    """Returns which share of the multiply-adds that were there a step removed."""
-    return row.findings.get("structured_pruning", {}).get("flops_removed", 0.0)
+def earlier(row: dict[str, Any]) -> Part:
+    """Returns a part of which only its figures are kept."""
+    change = Change(row["change"], row.pop("low"), row.pop("high"))
+    return Part(**row | {"change": change})
 
 
-def said(values: np.ndarray) -> str:
-    """Returns a measured value with the interval of its draws."""
-    low, high = interval(values[1:], float(values[0]))
-    return f"{values[0]:+.2f} [{low:+.2f}, {high:+.2f}]"
+def measured(recipe: str, task: str, runs: Sequence[dict[str, Any]]) -> Part:
+    """Returns what the runs of a machine come to.
+
+    Raises:
+        ValueError: The right answers are not those by which the runs' metrics were measured.
+    """
+    rows = [run["rows"] for run in runs]
+    befores, afters = ([100 * each[place]["metric"] for each in rows] for place in (0, -1))
+    return Part(
+        recipe,
+        task,
+        named(runs[0]["cpu"]),
+        len(runs),
+        befores[0],
+        mean(afters),
+        gained(task, runs),
+        mean(left(each) for each in rows),
+        mean(each[-1]["parameters"] for each in rows) / 1e6,
+        median(each[-1]["faster"] for each in rows),
+        max(sum(row["seconds"] for row in each) for each in rows) / 60,
+    )
 
 
-def results(found: Sequence[Runs]) -> str:
-    """Returns the table."""
+def named(cpu: str) -> str:
+    """Returns a processor's name without what every name has."""
+    return cpu.replace("(R)", "").removesuffix(" Processor")
+
+
+def left(rows: Sequence[dict[str, Any]]) -> float:
+    """Returns the share of the encoder's multiply-adds that is left after steps."""
+    return math.prod(1 - row["flops_removed"] for row in rows)
+
+
+def gained(task: str, runs: Sequence[dict[str, Any]]) -> Change:
+    """Returns the mean change of the runs, whose metrics must be those of their kept answers."""
+    metric = runs[0]["metric"]
+    references = parquet.read_table(glue_folder() / task / "validation.parquet")["label"].to_pylist()
+    changes = []
+    for run in runs:
+        before, after = (run["rows"][place]["metric"] for place in (0, -1))
+        for said, answers in ((before, run["first"]), (after, run["last"])):
+            found = score([metric], answers, references)[metric]
+            if abs(found - said) > 1e-4:
+                raise ValueError(
+                    f"{task}: {metric} of a run's kept answers is {found:.4f} by {glue_folder() / task}, and was"
+                    f" {said:.4f}; make the folder from GLUE anew with `python -m scripts.studies.material`"
+                )
+        changes.append(100 * (after - before))
+    drawn = drawn_changes(metric, references, [(run["first"], run["last"]) for run in runs], seed=TASKS.index(task))
+    value = mean(changes)
+    return Change(value, *interval(100 * drawn_means(drawn, seed=10 + TASKS.index(task)), value))
+
+
+def pooled(parts: Sequence[Part]) -> Change:
+    """Returns the mean change over all seeds, with an interval as if the parts always erred together."""
+    weights = [part.seeds for part in parts]
+    ends = [(part.change.value, part.change.low, part.change.high) for part in parts]
+    return Change(*(float(each) for each in np.average(ends, axis=0, weights=weights)))
+
+
+def over_tasks(changes: Sequence[Change]) -> Change:
+    """Returns the mean of changes that erred each for itself."""
+    value = mean(change.value for change in changes)
+    below, above = (
+        math.hypot(*(end(change) - change.value for change in changes)) / len(changes)
+        for end in (lambda change: change.low, lambda change: change.high)
+    )
+    return Change(value, value - below, value + above)
+
+
+def results(parts: Sequence[Part]) -> str:
+    """Returns the table of all seeds."""
+    cpus = list(dict.fromkeys(part.cpu for part in parts))
     lines = []
     for recipe in RECIPES:
-        gains = []
-        for runs in (each for each in found if each.recipe == recipe):
-            gains.append(runs.gained())
-            parameters = mean(report.rows[-1].parameters for report in runs.reports) / 1e6
-            minutes = max(sum(row.seconds for row in report.rows) for report in runs.reports) / 60
-            cells = [recipe, runs.task, f"{len(runs)}", f"{runs.figures(0)[0]:.1f}", f"{mean(runs.figures(-1)):.2f}"]
-            cells += [said(gains[-1]), f"{runs.left():.1%}", f"{parameters:.1f}M"]
-            lines.append([*cells, f"{median(runs.speeds()):.2f}x", f"{minutes:.0f}"])
-        if len(gains) > 1:
-            pooled = said(np.mean(gains, axis=0))
-            lines.append([recipe, f"mean of {len(gains)}", "", "", "", pooled, *[""] * 4])
-    head = ["recipe", "task", "seeds", "before", "after", "change", "multiply-adds left", "parameters", "faster"]
-    return table([*head, "minutes"], lines, texts=2)
+        changes = []
+        for task in TASKS:
+            mine = [part for part in parts if (part.recipe, part.task) == (recipe, task)]
+            if not mine:
+                continue
+            weights = [part.seeds for part in mine]
+            means = [np.average([(p.before, p.after, p.left, p.parameters) for p in mine], axis=0, weights=weights)]
+            before, after, share, parameters = map(float, means[0])
+            changes.append(pooled(mine))
+            faster = {part.cpu: f"{part.faster:.2f}x" for part in mine}
+            cells = [recipe, task, f"{sum(weights)}", f"{before:.1f}", f"{after:.2f}", str(changes[-1])]
+            lines.append([*cells, f"{share:.1%}", f"{parameters:.1f}M", *(faster.get(cpu, "") for cpu in cpus)])
+        lines.append([recipe, f"mean of {len(changes)}", *[""] * 3, str(over_tasks(changes)), *[""] * (2 + len(cpus))])
+    head = ["recipe", "task", "seeds", "before", "after", "change", "multiply-adds left", "parameters"]
+    return table([*head, *(f"faster, {cpu}" for cpu in cpus)], lines, texts=2)
 
 
-def draw(found: Sequence[Runs], file: Path) -> None:
-    """Draws what is kept of a metric against how much faster the model is, a line a task, a dot a seed."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import NullLocator
+def apart(parts: Sequence[Part]) -> str:
+    """Returns the table of each machine's own figures."""
+    lines = []
+    for part in sorted(parts, key=lambda part: (RECIPES.index(part.recipe), TASKS.index(part.task))):
+        cells = [part.recipe, part.task, part.cpu, f"{part.seeds}", f"{part.before:.1f}", f"{part.after:.2f}"]
+        lines.append([*cells, str(part.change), f"{part.faster:.2f}x", f"{part.minutes:.0f}"])
+    head = ["recipe", "task", "machine", "seeds", "before", "after", "change", "faster", "minutes"]
+    return table(head, lines, texts=3)
 
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.add_subplot()
-    speeds: dict[str, list[float]] = {}
-    for number, task in enumerate(dict.fromkeys(each.task for each in found)):
-        mine, color = {each.recipe: each for each in found if each.task == task}, f"C{number}"
-        curve = [(1.0, 100.0)]
-        for runs, place in [(mine[recipe], place) for recipe, place in POINTS if recipe in mine]:
-            befores, afters = runs.figures(0), runs.figures(place)
-            kept = [100 * after / before for before, after in zip(befores, afters, strict=True)]
-            axes.plot(runs.speeds(place), kept, "o", color=color, alpha=0.4, markersize=4)
-            curve.append((median(runs.speeds(place)), mean(kept)))
-            speeds.setdefault(f"{1 - runs.left(place):.0%} gone", []).append(curve[-1][0])
-        axes.plot(*zip(*curve, strict=True), "o-", color=color, label=f"{task}: {next(iter(mine.values())).metric}")
-    for gone, several in speeds.items():  # those of 50% and 60% are close
-        side = "right" if gone.startswith("5") else "left"
-        axes.text(mean(several), 0.95, gone, transform=axes.get_xaxis_transform(), fontsize=8, ha=side)
-    shown = (1, 2, 4, 8, 16)
-    axes.set(xscale="log", xlabel="times faster, measured", ylabel="% kept of the original's metric", xlim=(0.93, 25))
-    axes.margins(y=0.15)
-    axes.set_xticks(shown, [f"{tick}x" for tick in shown])
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.set_title("MPNet-base, as multiply-adds of its encoder go", fontsize=10)
-    axes.grid(alpha=0.3)
-    axes.legend(loc="lower left")
-    FigureCanvasAgg(figure).print_figure(file, dpi=120, metadata={"Software": None})
+
+def kept() -> dict[tuple[str, str, str], list[dict[str, Any]]]:
+    """Returns what is kept of runs, by recipe, task and machine."""
+    found: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    for recipe in RECIPES:
+        for task in TASKS:
+            for file in sorted(KEPT.glob(f"{recipe}-{task}-*.json")):
+                run = json.loads(file.read_text())
+                found.setdefault((recipe, task, run["cpu"]), []).append(run)
+    return found
+
+
+def points(runs: Mapping[tuple[str, str, str], Sequence[dict[str, Any]]], old: Sequence[Part]) -> list[Point]:
+    """Returns what is drawn: the model halved at once, and those of the recipes."""
+    found = []
+    for (recipe, task, cpu), several in runs.items():
+        for step in STEPS[recipe]:
+            rows = [run["rows"][: step + 1] for run in several]
+            seeds = [(each[-1]["faster"], 100 * each[-1]["metric"] / each[0]["metric"]) for each in rows]
+            gone = 1 - mean(left(each) for each in rows)
+            found.append(Point(f"{task}: {several[0]['metric']}", named(cpu), f"{gone:.0%} gone", seeds))
+    labels = {point.task.split(":")[0]: point.task for point in found}
+    for part in old:
+        seeds = [(part.faster, 100 * part.after / (part.after - part.change.value))]
+        found.append(Point(labels.get(part.task, part.task), part.cpu, f"{1 - part.left:.0%} gone", seeds, hollow=True))
+    return found
 
 
 def choices() -> str:
     """Returns what was found where the last step of prune-95 was chosen."""
-    rows = {row["ending"]: row for row in read_rows(results_file(CHOICES))}
-    if not {"none", *ENDINGS} <= set(rows):
-        return ""
+    rows = {row["ending"]: row for row in read_rows(CHOICES)}
     lines = [["none", f"{100 * rows['none']['pearson']:.2f}", ""]]
     lines += [[name, f"{100 * rows[name]['pearson']:.2f}", f"{rows[name]['minutes']:.0f}"] for name in ENDINGS]
     training = for_task("prune-95", CHOICES_TASK)["steps"][-1]["training"]
@@ -175,10 +261,13 @@ def choices() -> str:
 
 
 def main() -> None:
-    """Writes page and picture, of the runs that have ended."""
-    found = [runs for recipe in RECIPES for task in TASKS if len(runs := Runs(recipe, task))]
-    draw(found, PICTURE)
-    text = f"{_INTRODUCTION}{results(found)}\n![Kept against faster]({PICTURE.name})\n{_DRAWN}{choices()}"
+    """Writes page and picture."""
+    runs = kept()
+    old = [earlier(row) for row in read_rows(EARLIER)]
+    parts = old + [measured(recipe, task, several) for (recipe, task, _), several in runs.items()]
+    draw(points(runs, old), PICTURE)
+    text = f"{_INTRODUCTION}{results(parts)}{_APART}{apart(parts)}{_MINUTES}"
+    text += f"![Kept against faster]({PICTURE.name})\n{_DRAWN}{choices()}"
     PAGE.write_text(text, encoding="utf-8")
 
 
