@@ -5,11 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 import torch
+from pyarrow import parquet
 
 from scripts.studies import distillation, material
 from scripts.studies.distillation_page import Study
+from scripts.studies.gradual_pruning_page import Change, Part, gained, over_tasks, pooled
 from scripts.studies.language_model import blocks_of, pending, recovered
 from scripts.studies.low_rank import ARMS, config_of
 
@@ -106,3 +109,35 @@ def test_gains_are_those_of_the_same_seed_in_points() -> None:
     assert 0 <= gained[1:].min() < gained[1:].max() <= 100
     assert study.minutes("mrpc", "outputs") == pytest.approx((80 / 60, 20 / 60))
     assert study.minutes("mrpc", "alone") == pytest.approx((260 / 180, 0))
+
+
+def test_seeds_of_two_machines_weigh_alike_and_their_intervals_do_not_shrink() -> None:
+    def part(seeds: int, change: Change) -> Part:
+        return Part("prune-60", "mrpc", "one", seeds, 90.0, 90.0 + change.value, change, 0.4, 58.0, 2.0, 1.0)
+
+    both = pooled([part(3, Change(1.0, 0.0, 3.0)), part(1, Change(-3.0, -8.0, -1.0))])
+    assert both == Change(0.0, -2.0, 2.0)
+    mean = over_tasks([Change(1.0, -2.0, 5.0), Change(3.0, -1.0, 6.0)])
+    assert (mean.value, mean.low, mean.high) == pytest.approx((2.0, 2.0 - 5.0 / 2, 2.0 + 5.0 / 2))
+
+
+def test_kept_answers_count_only_with_the_right_answers_they_were_measured_by(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HFCOMPRESS_CACHE", str(tmp_path))
+    folder = material.glue_folder() / "mrpc"
+    folder.mkdir(parents=True)
+    right = [1, 0, 1, 1, 0, 1, 0, 1] * 10
+    runs = [
+        {"metric": "accuracy", "rows": [{"metric": 1.0}, {"metric": 70 / 80}], "first": right, "last": last}
+        for last in ([0] * 6 + right[6:14] + [0] * 10 + right[24:], [1 - each for each in right[:10]] + right[10:])
+    ]
+    runs[0]["rows"][1]["metric"] = sum(map(int.__eq__, runs[0]["last"], right)) / 80
+    parquet.write_table(pa.table({"label": right}), folder / "validation.parquet")
+    change = gained("mrpc", runs)
+    measured = [100 * (run["rows"][1]["metric"] - 1.0) for run in runs]
+    assert change.value == pytest.approx(sum(measured) / 2)
+    assert change.low < change.value < change.high <= 0
+    parquet.write_table(pa.table({"label": right[::-1]}), folder / "validation.parquet")
+    with pytest.raises(ValueError, match=r"mrpc: accuracy of a run's kept answers is 0\.\d+ by .*, and was 1\.0000"):
+        gained("mrpc", runs)

@@ -8,8 +8,8 @@ What a run measured, and what it answered, is kept in `scripts/studies/results/g
 study of 17 hours of a thread is gathered on more than one machine, and what one has done is not done again on the next.
 
 Runs `recipes/prune-60.yaml` and `recipes/prune-95.yaml` from the teachers of `scripts.studies.material` in place of
-their first step, so that all seeds start from one model. Half an hour of a thread for each on MRPC; runs that are there
-are not done again, and one that was cut off goes on.
+their first step, so that all seeds of a machine start from one model. Half an hour of a thread for each on MRPC; runs
+that are there are not done again, and one that was cut off goes on.
 
 `choose` fine-tunes a teacher that has not seen the tenth of STS-B's train which is for choices, removes 95% as the
 recipe says, and compares there what a last step without pruning gains. An hour of a thread.

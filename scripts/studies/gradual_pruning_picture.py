@@ -34,7 +34,7 @@ class Point:
 
 
 def draw(points: Sequence[Point], file: Path) -> None:
-    """Draws a line for each task and machine, and a dot a seed."""
+    """Draws a line for each task and a dot for each seed; points alone for a machine of which no more is known."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
@@ -50,9 +50,11 @@ def draw(points: Sequence[Point], file: Path) -> None:
             for point in mine:
                 if not only_means:
                     axes.plot(*zip(*point.seeds, strict=True), "o", color=color, alpha=0.4, markersize=4)
-            curve = [(1.0, 100.0), *(point.middle for point in mine)]
-            face = "white" if only_means else color
-            axes.plot(*zip(*curve, strict=True), "o--" if only_means else "o-", color=color, markerfacecolor=face)
+            if only_means:  # no line: nothing is known of what lies between
+                places = [point.middle for point in mine]
+                axes.plot(*zip(*places, strict=True), "o", color=color, markerfacecolor="white")
+            else:
+                axes.plot(*zip((1.0, 100.0), *(point.middle for point in mine), strict=True), "o-", color=color)
     drawn = [point for point in points if not point.hollow]
     for gone in dict.fromkeys(point.gone for point in drawn):  # those of 50% and 60% are close
         place = mean(point.middle[0] for point in drawn if point.gone == gone)
@@ -67,7 +69,7 @@ def draw(points: Sequence[Point], file: Path) -> None:
     axes.grid(alpha=0.3)
     lines = [Line2D([], [], color=color, marker="o", label=task) for task, color in colors.items()]
     for cpu, only_means in hollow.items():
-        face, style = ("white", "--") if only_means else ("gray", "-")
+        face, style = ("white", "") if only_means else ("gray", "-")
         lines.append(Line2D([], [], color="gray", linestyle=style, marker="o", markerfacecolor=face, label=cpu))
     axes.legend(handles=lines, loc="lower left")
     FigureCanvasAgg(figure).print_figure(file, dpi=120, metadata={"Software": None})
