@@ -96,7 +96,8 @@ def test_padding_has_no_say_in_which_layer_goes(head: str) -> None:
 
 @pytest.mark.parametrize("labels", [True, False])
 def test_every_example_counts_alike_in_which_layer_goes(labels: bool) -> None:
-    model = tiny_classifier(num_hidden_layers=3)
+    # Layers that change little cost less than float32 can tell.
+    model = tiny_classifier(num_hidden_layers=3, initializer_range=0.3)
     one, other = (costs_of(model, data) for data in ragged(labels))
     assert one == pytest.approx(other, rel=1e-4)
 
