@@ -48,14 +48,15 @@ second machine is nearly two points behind the first's.
 _APART = """
 Intervals are 95%, by a paired bootstrap over seeds and examples at once. The answers behind the first machine's are not
 kept any more, so where both have seeds, the ends of the two intervals are averaged, as if both always erred together,
-which is wider than it need be. The tasks of a mean erred each for itself.
+which is wider than it need be. The tasks of a mean erred each for itself. What another fine-tuned model would change is
+not in an interval: the two of STS-B gain differently.
 
 ## Each machine for itself
 
 """
 _MINUTES = """
-A single seed has no spread over seeds in its interval. Minutes are those of the slowest seed's steps on one thread
-beside other work, measuring too (of a run that was cut off they may count the last part alone).
+Minutes are those of the slowest seed's steps on one thread beside other work, measuring too (of a run that was cut off
+they may count the last part alone).
 
 """
 _DRAWN = """
@@ -202,8 +203,8 @@ def results(parts: Sequence[Part]) -> str:
             if not mine:
                 continue
             weights = [part.seeds for part in mine]
-            means = [np.average([(p.before, p.after, p.left, p.parameters) for p in mine], axis=0, weights=weights)]
-            before, after, share, parameters = map(float, means[0])
+            figures = [(part.before, part.after, part.left, part.parameters) for part in mine]
+            before, after, share, parameters = np.average(figures, axis=0, weights=weights)
             changes.append(pooled(mine))
             faster = {part.cpu: f"{part.faster:.2f}x" for part in mine}
             cells = [recipe, task, f"{sum(weights)}", f"{before:.1f}", f"{after:.2f}", str(changes[-1])]
